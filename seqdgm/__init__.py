@@ -1,0 +1,92 @@
+"""Sequential state-space models, classical and deep, behind one set of verbs.
+
+Every model has ``fit``, ``filter``, ``smooth``, ``forecast``, ``sample``, ``log_prob``, ``impute``,
+``update`` and ``save``.
+
+Examples
+--------
+>>> import seqdgm as sq
+>>> airline = sq.datasets.load("airline")
+>>> model = sq.ARIMA((0, 1, 1), seasonal=(0, 1, 1, 12), transform="log").fit(airline.y)
+>>> model.forecast(12).to_frame(level=[80]).shape
+(12, 5)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Panel": "seqdgm.panel",
+    "SequenceModel": "seqdgm.model",
+    "StateSpaceModel": "seqdgm.recursion",
+    "StatePosterior": "seqdgm.results",
+    "Forecast": "seqdgm.results",
+    "FitReport": "seqdgm.results",
+    "LogProb": "seqdgm.results",
+    "ARIMA": "seqdgm.models.arima",
+    "SeasonalNaive": "seqdgm.models.arima",
+    "LinearGaussianSSM": "seqdgm.models.linear_gaussian",
+    "RNN": "seqdgm.models.rnn",
+    "DMM": "seqdgm.models.dmm",
+    "load": "seqdgm.serialize",
+    "backtest": "seqdgm.evaluation",
+    "compare": "seqdgm.evaluation",
+    "Comparison": "seqdgm.evaluation",
+}
+_MODULES = ("datasets", "testing", "plotting")
+
+__all__ = [
+    "ARIMA",
+    "DMM",
+    "RNN",
+    "Comparison",
+    "FitReport",
+    "Forecast",
+    "LinearGaussianSSM",
+    "LogProb",
+    "Panel",
+    "SeasonalNaive",
+    "SequenceModel",
+    "StatePosterior",
+    "StateSpaceModel",
+    "backtest",
+    "compare",
+    "datasets",
+    "load",
+    "plotting",
+    "testing",
+]
+
+if TYPE_CHECKING:
+    from seqdgm import datasets, plotting, testing
+    from seqdgm.evaluation.backtest import backtest
+    from seqdgm.evaluation.compare import Comparison, compare
+    from seqdgm.model import SequenceModel
+    from seqdgm.models.arima import ARIMA, SeasonalNaive
+    from seqdgm.models.dmm import DMM
+    from seqdgm.models.linear_gaussian import LinearGaussianSSM
+    from seqdgm.models.rnn import RNN
+    from seqdgm.panel import Panel
+    from seqdgm.recursion import StateSpaceModel
+    from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
+    from seqdgm.serialize import load
+
+
+def __getattr__(name: str) -> Any:
+    # Names load on first use, so that importing the package stays fast.
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"seqdgm.{name}")
+    else:
+        raise AttributeError(f"module 'seqdgm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
