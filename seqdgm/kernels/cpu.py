@@ -1,0 +1,169 @@
+"""Gaussian kernels for CPU: compiled loops over time, threads over the series of a panel.
+
+Tensors are read in place; an axis of length 1 is never expanded, and one that the caller expanded
+(stride 0) is narrowed again. The loops release the interpreter lock, and ranges of series run in
+``torch.get_num_threads()`` plain threads: the loops are compiled once for both cases, and a process
+may be forked at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from seqdgm.kernels import cpu_filter, cpu_smoother, cpu_steps
+from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, Moments
+from seqdgm.kernels.cpu_smoother import make_back
+from seqdgm.kernels.cpu_steps import make_work
+from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
+
+_MODES: dict[Store, int] = {"likelihood": LIKELIHOOD, "last": LAST, "all": ALL}
+# Below so many multiplications a second thread costs more than it saves.
+_WORTH_A_THREAD = 200_000
+
+
+def kalman_filter(
+    system: System,
+    x: Float[Tensor, "series time obs"],
+    mask: Bool[Tensor, "series time obs"],
+    lengths: Int[Tensor, "series"],
+    *,
+    store: Store,
+) -> Filtered:
+    """Kalman filter on the CPU, as documented in `seqdgm.kernels.kalman_filter`."""
+    check_arguments(system, x, mask, lengths)
+    arrays, diffuse = _arrays(system)
+    n, steps, obs = x.shape
+    state = arrays.m0.shape[1]
+    kept = {"likelihood": 0, "last": 1, "all": steps}[store]
+    out = _moments(n, kept, obs, state, diffuse > 0, store == "all")
+    totals = np.empty((6, n))
+    data = (arrays, _array(x), _array(mask), _array(lengths))
+
+    def run(start: int, stop: int) -> None:
+        work = make_work(state, obs, diffuse, 1)
+        _compiled()[0](*data, start, stop, work, totals, out, _MODES[store])
+
+    _spread(run, n, steps * state * state * (obs + state))
+    _blank(out, data[3] if store == "all" else np.minimum(data[3], 1), kept)
+    return Filtered(*_totals(totals), *map(_tensor, out))
+
+
+def kalman_smoother(
+    system: System,
+    x: Float[Tensor, "series time obs"],
+    mask: Bool[Tensor, "series time obs"],
+    lengths: Int[Tensor, "series"],
+    *,
+    lag_one: bool,
+) -> Smoothed:
+    """Fixed-interval smoother on the CPU, as documented in `seqdgm.kernels.kalman_smoother`."""
+    check_arguments(system, x, mask, lengths)
+    arrays, diffuse = _arrays(system)
+    n, steps, obs = x.shape
+    state = arrays.m0.shape[1]
+    out = _moments(n, steps, obs, state, False, False)
+    lags = np.empty((n if lag_one else 0, max(steps - 1, 0), state, state))
+    totals = np.empty((6, n))
+    data = (arrays, _array(x), _array(mask), _array(lengths))
+
+    def run(start: int, stop: int) -> None:
+        work, back = make_work(state, obs, diffuse, steps), make_back(state)
+        _compiled()[1](*data, start, stop, work, totals, out, back, lags)
+
+    _spread(run, n, 2 * steps * state * state * (obs + 2 * state))
+    _blank(out, data[3], steps)
+    _blank([lags], data[3] - 1, steps - 1)
+    loglik, *_, rank_left = _totals(totals)
+    mean, cov = torch.from_numpy(out.mean), torch.from_numpy(out.cov)
+    return Smoothed(loglik, mean, cov, torch.from_numpy(lags) if lag_one else None, rank_left)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+    """The compiled loops of the filter and of the smoother, cached on disk.
+
+    The cache looks at the file that defines a function, not at what it calls. So both are bound to
+    a digest of all their sources, which becomes part of the key.
+    """
+    files = (cpu_steps.__file__, cpu_filter.__file__, cpu_smoother.__file__)
+    digest = sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    options = {"cache": True, "nogil": True, **cpu_steps.OPTIONS}
+    forward = cpu_filter.bind_filter(digest)
+    both = cpu_smoother.bind_smoother(digest)
+    return numba.njit(**options)(forward), numba.njit(**options)(both)
+
+
+def _spread(run: Callable[[int, int], None], n: int, work: int) -> None:
+    """Call `run` on ranges that cover the series, in threads where that pays."""
+    threads = min(torch.get_num_threads(), n, 1 + n * work // _WORTH_A_THREAD)
+    if threads <= 1:
+        run(0, n)
+        return
+    # Several ranges a thread even out series of unequal length.
+    edges = np.linspace(0, n, min(n, 4 * threads) + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, edges[:-1], edges[1:]))
+
+
+def _totals(totals: np.ndarray) -> tuple[Tensor, ...]:
+    """log-likelihood, n_obs, logdet, quad, n_diffuse, rank_left."""
+    counts = (cpu_filter.N_OBS, cpu_filter.N_DIFFUSE, cpu_filter.RANK_LEFT)
+    return tuple(
+        torch.from_numpy(row.astype(np.int64) if k in counts else row)
+        for k, row in enumerate(totals)
+    )
+
+
+def _moments(n: int, steps: int, obs: int, state: int, diffuse: bool, predicted: bool) -> Moments:
+    """Memory for the histories; those that are not kept have no rows."""
+    rows = n if steps else 0
+    more = n if predicted else 0
+    return Moments(
+        np.empty((rows, steps, state)),
+        np.empty((rows, steps, state, state)),
+        np.empty((rows if diffuse else 0, steps, state, state)),
+        np.empty((more, steps, state)),
+        np.empty((more, steps, state, state)),
+        np.empty((more, steps, obs)),
+        np.empty((more, steps, obs)),
+    )
+
+
+def _blank(arrays: Iterable[np.ndarray], lengths: np.ndarray, steps: int) -> None:
+    """Write NaN beyond the end of each series."""
+    if lengths.min() >= steps:
+        return
+    past = np.arange(steps) >= lengths[:, None]
+    for array in arrays:
+        if len(array):
+            array[past] = np.nan
+
+
+def _tensor(array: np.ndarray) -> Tensor | None:
+    return torch.from_numpy(array) if len(array) else None
+
+
+def _arrays(system: System) -> tuple[Any, int]:
+    """The system as contiguous arrays, and the largest possible rank of a Pinf."""
+    arrays = System._make(_array(field, shared=1 if k < 6 else 0) for k, field in enumerate(system))
+    diagonal: Any = np.diagonal(arrays.Pinf, axis1=1, axis2=2)
+    return arrays, int((diagonal > 0).sum(1).max())
+
+
+def _array(tensor: Tensor, shared: int = -1) -> Any:
+    """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
+    for axis in range(shared + 1):
+        if tensor.shape[axis] > 1 and tensor.stride(axis) == 0:
+            tensor = tensor.narrow(axis, 0, 1)
+    return np.ascontiguousarray(tensor.detach().numpy())
