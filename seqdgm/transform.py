@@ -99,7 +99,9 @@ class Transform:
         return Transform(self.log, self.loc[rows], self.scale[rows])
 
 
-def fit_transform(panel: Panel, transform: str | None, scale: str | None) -> Transform:
+def fit_transform(
+    panel: Panel, transform: str | None, scale: str | None, *, pooled: bool = True
+) -> Transform:
     """Fit the map on a panel.
 
     Parameters
@@ -109,9 +111,11 @@ def fit_transform(panel: Panel, transform: str | None, scale: str | None) -> Tra
     transform : {None, "log"}
         Function applied first.
     scale : {None, "standard", "mean"}
-        ``"standard"`` subtracts the mean and divides by the standard deviation of each dimension,
-        pooled over the panel; ``"mean"`` divides every series by its own mean absolute value;
+        ``"standard"`` subtracts the mean and divides by the standard deviation of each dimension;
+        ``"mean"`` divides every series by its own mean absolute value;
         None leaves the values as they are.
+    pooled : bool
+        Whether ``"standard"`` pools the panel or standardises every series on its own.
 
     Raises
     ------
@@ -131,8 +135,9 @@ def fit_transform(panel: Panel, transform: str | None, scale: str | None) -> Tra
         base = Transform.identity(dim)
         return Transform(log, base.loc, base.scale)
     if scale == "standard":
-        loc = np.nanmean(values, axis=(0, 1))[None]
-        spread = np.nanstd(values, axis=(0, 1))[None]
+        axes = (0, 1) if pooled else (1,)
+        loc = np.nanmean(values, axis=axes).reshape(-1, dim)
+        spread = np.nanstd(values, axis=axes).reshape(-1, dim)
     else:
         spread = np.stack([np.nanmean(np.abs(v), axis=0) for v in values])
         loc = np.zeros_like(spread)

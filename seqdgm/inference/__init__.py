@@ -1,0 +1,80 @@
+"""Engines (filter, smooth, forecast, log_prob, sample, impute) and learners (fit).
+
+An engine is a module with one function for each verb, ``verb(model, batch, ...)``; a learner is
+a function ``(model, batch, *, method, generator, progress, **options) -> FitReport``. Which ones a
+model admits, it says itself (`SequenceModel.engines`, `SequenceModel.learners`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from inspect import Parameter, signature
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seqdgm.model import SequenceModel
+    from seqdgm.results import FitReport
+
+ENGINES = {
+    "kalman": "seqdgm.inference.kalman",
+    "particle": "seqdgm.inference.particle",
+    "variational": "seqdgm.inference.variational",
+}
+LEARNERS = {
+    "quasi-newton": ("seqdgm.inference.mle", "fit"),
+    "em": ("seqdgm.inference.em", "fit"),
+    "gradient": ("seqdgm.inference.training", "fit"),
+    "given": ("seqdgm.inference.given", "fit"),
+}
+
+
+def find_engine(model: SequenceModel, method: str, verb: str) -> ModuleType:
+    """Return the engine for a verb: the one named, or the most exact one that has the verb.
+
+    Raises
+    ------
+    ValueError
+        If the model does not admit the engine named, or the engine lacks the verb.
+    """
+    if method == "auto":
+        for name in model.engines:
+            engine = import_module(ENGINES[name])
+            if hasattr(engine, verb):
+                return engine
+    elif method in model.engines:
+        engine = import_module(ENGINES[method])
+        if hasattr(engine, verb):
+            return engine
+    raise ValueError(
+        f"{type(model).__name__}.{verb} has no method {method!r}; choose 'auto' or one of "
+        f"{list(model.engines)}"
+    )
+
+
+def find_learner(model: SequenceModel, method: str | None) -> tuple[str, Callable[..., FitReport]]:
+    """Return the name and function of a learning method; None takes the model's default."""
+    if method is None:
+        method = next(iter(model.learners))
+    if method not in model.learners:
+        raise ValueError(
+            f"{type(model).__name__}.fit has no method {method!r}; choose one of "
+            f"{list(model.learners)}"
+        )
+    module, function = LEARNERS[model.learners[method]]
+    learner: Any = getattr(import_module(module), function)
+    return method, learner
+
+
+def check_options(learner: Callable[..., FitReport], options: dict[str, Any], name: str) -> None:
+    """Raise a ValueError for an option of `fit` that the learner does not have."""
+    parameters = signature(learner).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        return  # the learner checks them itself
+    known = set(parameters) - {"model", "batch", "method", "generator", "progress"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(
+            f"{name}.fit has no options {unknown}; this learning method takes {sorted(known)}"
+        )

@@ -1,0 +1,292 @@
+r"""Exact inference in linear-Gaussian models: the engine over the Kalman kernels.
+
+.. math::
+
+    z_1 &\sim N(m_0, P_0 + \kappa P_\infty), \quad \kappa \to \infty \\
+    z_t &= F_t z_{t-1} + b_t + w_t, \quad w_t \sim N(0, Q_t) \\
+    x_t &= H_t z_t + d_t + v_t, \quad v_t \sim N(0, R_t)
+
+References
+----------
+Durbin and Koopman (2012), *Time Series Analysis by State Space Methods*, 2nd ed., chapters 4-6;
+Durbin and Koopman (2002), A simple and efficient simulation smoother, *Biometrika* 89.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from seqdgm.kernels import kalman_filter, kalman_smoother
+from seqdgm.kernels.types import System
+from seqdgm.types import Batch, Evidence, Gaussian, Prediction, States
+
+if TYPE_CHECKING:
+    from seqdgm.recursion import StateSpaceModel
+
+
+def filter(
+    model: StateSpaceModel, batch: Batch, *, n_particles: int, generator: torch.Generator
+) -> States:
+    """Exact filtering moments (the Monte-Carlo options are not used)."""
+    out = kalman_filter(_system(model, batch), batch.x, batch.mask, batch.lengths, store="all")
+    assert out.mean is not None
+    assert out.cov is not None
+    cov = out.cov
+    if out.cov_inf is not None:
+        cov = torch.where(out.cov_inf.abs() > 0, torch.inf, cov)
+    return States(out.mean, cov, out.loglik)
+
+
+def smooth(
+    model: StateSpaceModel, batch: Batch, *, n_particles: int, generator: torch.Generator
+) -> States:
+    """Exact smoothing moments, and joint draws by the simulation smoother."""
+    system = _system(model, batch)
+    out = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=False)
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        return simulation_smoother(system, batch, out.mean, n, generator)
+
+    return States(out.mean, out.cov, out.loglik, draw=draw)
+
+
+def log_prob(
+    model: StateSpaceModel,
+    batch: Batch,
+    *,
+    n_particles: int,
+    generator: torch.Generator,
+    start: Int[Tensor, "series"] | None = None,
+) -> Evidence:
+    """Exact log-likelihood; with `start`, of the steps from there on given those before."""
+    system = _system(model, batch)
+    out = kalman_filter(system, batch.x, batch.mask, batch.lengths, store="likelihood")
+    value = out.loglik
+    if start is not None:
+        head = kalman_filter(system, batch.x, batch.mask, start, store="likelihood")
+        _check_proper(head.rank_left, batch)
+        value = value - head.loglik
+    return Evidence(value, "exact", torch.zeros_like(value))
+
+
+def forecast(
+    model: StateSpaceModel,
+    batch: Batch,
+    *,
+    horizon: int,
+    n_particles: int,
+    generator: torch.Generator,
+) -> Prediction:
+    """Exact predictive moments: the filter run on over steps that are not observed."""
+    whole = model.linear_gaussian(batch.u, batch.rows)
+    system = _until(whole, batch.n_steps)
+    last = kalman_filter(system, batch.x, batch.mask, batch.lengths, store="last")
+    _check_proper(last.rank_left, batch)
+    assert last.mean is not None
+    assert last.cov is not None
+    ahead = _continue(whole, last.mean[:, 0], last.cov[:, 0], batch, horizon)
+    n, d = batch.n_series, batch.x.shape[2]
+    nothing = batch.x.new_zeros(n, horizon, d)
+    lengths = torch.full_like(batch.lengths, horizon)
+    out = kalman_filter(ahead, nothing, nothing.bool(), lengths, store="all")
+    assert out.mean is not None
+    assert out.cov is not None
+    mean, cov = observation_moments(ahead, out.mean, out.cov)
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        return simulate(ahead, batch.n_series, n, horizon, generator)[1]
+
+    def draw_states(n: int, generator: torch.Generator) -> Tensor:
+        return simulate(ahead, batch.n_series, n, horizon, generator)[0]
+
+    states = States(out.mean, out.cov, last.loglik, draw=draw_states)
+    variance = torch.diagonal(cov, dim1=-2, dim2=-1)
+    return Prediction(Gaussian(mean, variance, draw), states)
+
+
+def sample(
+    model: StateSpaceModel,
+    u: Float[Tensor, "series steps inputs"],
+    rows: Int[Tensor, "series"],
+    generator: torch.Generator,
+) -> Float[Tensor, "series steps dim"]:
+    """Draw series from the model; diffuse elements start at their initial mean."""
+    system = model.linear_gaussian(u, rows)
+    return simulate(system, len(u), 1, u.shape[1], generator)[1][:, 0]
+
+
+def impute(
+    model: StateSpaceModel, batch: Batch, *, n_particles: int, generator: torch.Generator
+) -> Gaussian:
+    r"""Moments of every observation given all that was observed.
+
+    A missing element whose noise is correlated with an observed one uses it:
+    :math:`E[x_m] = H_m z + d_m + R_{mo} R_{oo}^{-1} (x_o - H_o z - d_o)`.
+    """
+    system = _system(model, batch)
+    out = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=False)
+    load, offset, noise = conditional_emission(system, batch)
+    mean = (load @ out.mean[..., None])[..., 0] + offset
+    variance = torch.diagonal(load @ out.cov @ load.mT + noise, dim1=-2, dim2=-1)
+
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        z = simulation_smoother(system, batch, out.mean, n, generator)
+        x = (load[:, None] @ z[..., None])[..., 0] + offset[:, None]
+        return x + _correlated(noise[:, None].expand(-1, n, -1, -1, -1), generator)
+
+    return Gaussian(mean, variance.clamp_min(0.0), draw)
+
+
+def conditional_emission(
+    system: System, batch: Batch
+) -> tuple[
+    Float[Tensor, "series time dim state"],
+    Float[Tensor, "series time dim"],
+    Float[Tensor, "series time dim dim"],
+]:
+    """Law of the whole observation given the state and the observed elements: A z + c, S.
+
+    Rows of observed elements are (0, x, 0); rows of missing ones use the correlation of the noise.
+    """
+    m = batch.mask.to(batch.x.dtype)
+    eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    observed = m[..., :, None] * m[..., None, :]
+    # Unobserved rows become identity rows, so one solve serves every pattern of missing elements.
+    block = system.R * observed + eye * (1 - m)[..., None]
+    cross = system.R * (1 - m)[..., :, None] * m[..., None, :]
+    jitter = eye * (torch.diagonal(block, dim1=-2, dim2=-1) == 0)[..., None]
+    gain = torch.linalg.solve(block + jitter, cross.mT).mT
+    miss = (1 - m)[..., None]
+    load = miss * system.H - gain @ system.H
+    residual = m * (batch.x - system.d)
+    offset = m * batch.x + (1 - m) * system.d + (gain @ residual[..., None])[..., 0]
+    noise = system.R * miss * miss.mT - gain @ (cross.mT)
+    return load, offset, 0.5 * (noise + noise.mT)
+
+
+def observation_moments(
+    system: System,
+    mean: Float[Tensor, "series time state"],
+    cov: Float[Tensor, "series time state state"],
+) -> tuple[Float[Tensor, "series time dim"], Float[Tensor, "series time dim dim"]]:
+    """Moments of x_t = H z_t + d + v given those of z_t."""
+    return (system.H @ mean[..., None])[..., 0] + system.d, system.H @ cov @ system.H.mT + system.R
+
+
+def simulation_smoother(
+    system: System,
+    batch: Batch,
+    smoothed: Float[Tensor, "series time state"],
+    n: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "series n time state"]:
+    r"""Joint draws from p(z | x) by mean correction.
+
+    Simulate :math:`(z^+, x^+)` from the model and return
+    :math:`\hat z + z^+ - E[z \mid x^+]` (Durbin and Koopman 2002, algorithm 2); exact for diffuse
+    elements too, whatever value :math:`z^+` gives them.
+    """
+    series, steps = batch.n_series, batch.n_steps
+    z, x = simulate(system, series, n, steps, generator)
+    repeated = _repeat(system, n)
+    mean = kalman_smoother(
+        repeated,
+        x.reshape(series * n, steps, -1),
+        batch.mask.repeat_interleave(n, 0),
+        batch.lengths.repeat_interleave(n, 0),
+        lag_one=False,
+    ).mean
+    return smoothed[:, None] + z - mean.reshape(z.shape)
+
+
+def simulate(
+    system: System, series: int, n: int, steps: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "series n time state"], Float[Tensor, "series n time dim"]]:
+    """Draw states and observations, `n` joint trajectories of each series."""
+    f, q, b = _at_length(system.F, steps), _root(system.Q), _at_length(system.b, steps)
+    dim = system.m0.shape[-1]
+    noise = _normal((series, n, steps, dim), system.m0, generator)
+    first = _root(system.P0)
+    z = (first[:, None] @ noise[:, :, 0, :, None])[..., 0] + system.m0[:, None]
+    states = [z.expand(series, n, dim)]
+    shock = _at_length(q, steps)
+    for t in range(1, steps):
+        z = (f[:, t, None] @ states[-1][..., None])[..., 0] + b[:, t, None]
+        states.append(z + (shock[:, t, None] @ noise[:, :, t, :, None])[..., 0])
+    path = torch.stack(states, 2)
+    x = (system.H[:, None] @ path[..., None])[..., 0] + system.d[:, None]
+    error = _normal(x.shape, system.m0, generator)
+    return path, x + (_root(system.R)[:, None] @ error[..., None])[..., 0]
+
+
+def _system(model: StateSpaceModel, batch: Batch) -> System:
+    return _until(model.linear_gaussian(batch.u, batch.rows), batch.n_steps)
+
+
+def _until(system: System, steps: int) -> System:
+    """Cut the time-varying matrices to the observed steps."""
+    fields = {name: getattr(system, name)[:, :steps] for name in ("F", "Q", "H", "R", "b", "d")}
+    return system._replace(**fields)
+
+
+def _continue(
+    system: System,
+    mean: Float[Tensor, "series state"],
+    cov: Float[Tensor, "series state state"],
+    batch: Batch,
+    horizon: int,
+) -> System:
+    """System of the steps after each series' end, started from its filtered moments."""
+    step = torch.arange(horizon, device=mean.device)
+    when = batch.lengths[:, None] + step
+
+    def ahead(field: Tensor) -> Tensor:
+        if field.shape[1] == 1:
+            return field
+        wide = field.expand(batch.n_series, *field.shape[1:])
+        return wide[torch.arange(batch.n_series, device=mean.device)[:, None], when]
+
+    fields = {name: ahead(getattr(system, name)) for name in ("F", "Q", "H", "R", "b", "d")}
+    f, q, b = fields["F"][:, 0], fields["Q"][:, 0], fields["b"][:, 0]
+    m0 = (f @ mean[..., None])[..., 0] + b
+    p0 = f @ cov @ f.mT + q
+    return System(**fields, m0=m0, P0=0.5 * (p0 + p0.mT), Pinf=torch.zeros_like(p0))
+
+
+def _check_proper(rank_left: Int[Tensor, "series"], batch: Batch) -> None:
+    left = torch.nonzero(rank_left)
+    if len(left):
+        k = int(left[0, 0])
+        raise ValueError(
+            f"series {batch.ids[k]!r} is too short to forecast: {int(rank_left[k])} diffuse state "
+            "elements are still undetermined at its end; give more observations or a proper "
+            "initial distribution"
+        )
+
+
+def _repeat(system: System, n: int) -> System:
+    """Repeat the systems of each series `n` times; shared ones stay shared."""
+    return System(*(f if f.shape[0] == 1 else f.repeat_interleave(n, 0) for f in system))
+
+
+def _at_length(field: Tensor, steps: int) -> Tensor:
+    return field.expand(field.shape[0], steps, *field.shape[2:]) if field.shape[1] == 1 else field
+
+
+def _root(cov: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """Symmetric square root, which exists for singular covariances as well."""
+    values, vectors = torch.linalg.eigh(cov)
+    return vectors * values.clamp_min(0.0).sqrt()[..., None, :] @ vectors.mT
+
+
+def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _correlated(cov: Float[Tensor, "*batch dim dim"], generator: torch.Generator) -> Tensor:
+    noise = _normal(cov.shape[:-1], cov, generator)
+    return (_root(cov) @ noise[..., None])[..., 0]

@@ -1,0 +1,117 @@
+"""One pass of the recursion along observed series, for learning and exact likelihoods.
+
+Only what recurs stays in the time loop: `advance`, `proposal` and `absorb`. Priors, divergences and
+emissions are evaluated afterwards, in one call over (series x time). A model whose memory does not
+see z runs fused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from seqdgm.nn import distributions as dist
+from seqdgm.types import Batch, Inputs, tree_stack
+
+if TYPE_CHECKING:
+    from seqdgm.recursion import StateSpaceModel
+
+
+class Trace(NamedTuple):
+    """One path through the recursion; every tensor has leading axes (series, time).
+
+    Attributes
+    ----------
+    h, z, s : state trees; `h` starts at step `first`
+    first : int
+        1 where the first state has a law of its own and no memory before it, else 0.
+    proposals : list of Distribution
+        What z was drawn from at each step; empty without latent states.
+    """
+
+    h: Any
+    z: Tensor | None
+    s: Any
+    first: int
+    proposals: list[Distribution]
+
+
+def scan(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> Trace:
+    """Draw one path of states along the data, by the proposal, with gradients.
+
+    Missing observations that the model feeds back are drawn from its own emission as it goes.
+    """
+    if model.latent_dim == 0 and (batch.complete or not model.feedback):
+        h = model.memory(model.embed(_previous(batch)), batch.inputs_all())
+        if h is not None:
+            return Trace(h, None, model.absorb(h, None), 0, [])
+    return _loop(model, batch, generator)
+
+
+def prior_over_time(
+    model: StateSpaceModel, batch: Batch, trace: Trace
+) -> list[tuple[slice, Distribution]]:
+    """Priors of all z along a trace, in as few calls as the first step allows."""
+    out = []
+    steps = batch.n_steps
+    if trace.first:
+        first = model.prior(None, batch.inputs_at(0))
+        assert first is not None
+        wide = dist.expand(first, (batch.n_series,), model.latent_dim)
+        out.append((slice(0, 1), dist.stack([wide], 1)))
+    if steps > trace.first:
+        u = batch.inputs_all()
+        later = Inputs(u.values[:, trace.first :], u.t[trace.first :])
+        rest = model.prior(trace.h, later)
+        assert rest is not None
+        shape = (batch.n_series, steps - trace.first)
+        out.append((slice(trace.first, steps), dist.expand(rest, shape, model.latent_dim)))
+    return out
+
+
+def _previous(batch: Batch) -> Tensor:
+    """Observations shifted by one step, zeros before the first."""
+    return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
+
+
+def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> Trace:
+    n = batch.n_series
+    s = model.start((n,))
+    context = model.encode(batch)
+    embedded = model.embed(_previous(batch)) if model.feedback and batch.complete else None
+    x = torch.zeros_like(batch.x[:, 0])
+    hs, zs, ss, proposals = [], [], [], []
+    known = batch.inputs_all()
+    steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
+    summaries = None if context is None else context.unbind(1)
+    for t, u in enumerate(Inputs(*step) for step in steps):
+        fed = None
+        if model.feedback:
+            fed = model.embed(x) if embedded is None else embedded[:, t]
+        h = model.advance(s, fed, u)
+        z = None
+        if model.latent_dim:
+            q = model.prior(h, u) if summaries is None else model.proposal(h, summaries[t], u)
+            assert q is not None
+            q = dist.expand(q, (n,), model.latent_dim)
+            z = dist.sample(q, generator, reparameterised=True)
+            proposals.append(q)
+            zs.append(z)
+        s = model.absorb(h, z)
+        if model.feedback and embedded is None:
+            with torch.no_grad():
+                emission = dist.expand(model.emission(s, u), (n,), batch.x.shape[2])
+                x = dist.fill_missing(emission, batch.x[:, t], batch.mask[:, t], generator)
+        hs.append(h)
+        ss.append(s)
+    first = int(hs[0] is None)
+    return Trace(
+        tree_stack(hs[first:], 1) if len(hs) > first else None,
+        torch.stack(zs, 1) if zs else None,
+        tree_stack(ss, 1),
+        first,
+        proposals,
+    )

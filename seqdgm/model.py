@@ -1,0 +1,548 @@
+"""The base class of every model: hyperparameters, and the verbs over the inference engines."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqdgm.panel import Panel, align_inputs
+from seqdgm.prepare import (
+    check_inputs,
+    check_lengths,
+    log_jacobian,
+    make_batch,
+    match_rows,
+    prepare,
+    transform_for,
+)
+from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
+from seqdgm.transform import Transform, check_positive, fit_transform
+from seqdgm.types import Batch, States, draw_seed, make_generator, seeded
+
+Seed = int | torch.Generator | None
+
+
+class SequenceModel(nn.Module):
+    """A distribution over sequences, with the verbs that every model shares.
+
+    Every verb validates its input into a `Panel`, moves it to tensors in model units, hands it to
+    an engine of `seqdgm.inference` and gives the result back in the caller's index and the data's
+    own units. Subclasses say what they are; they never call an engine.
+
+    Attributes
+    ----------
+    engines : tuple of str
+        Inference engines the model admits, most exact first; ``method="auto"`` takes the first.
+    learners : mapping of str to str
+        What ``fit(method=...)`` accepts, and the learner that serves it; the first is the default.
+    per_series : bool
+        Whether `fit` gives every series of a panel its own parameters unless ``pooled=True``.
+    dtype : torch.dtype
+        Precision of the model's arithmetic: float64 for exact models, float32 for deep ones.
+    """
+
+    engines: ClassVar[tuple[str, ...]] = ()
+    learners: ClassVar[Mapping[str, str]] = {}
+    per_series: ClassVar[bool] = False
+    dtype: ClassVar[torch.dtype] = torch.float64
+    transform: str | None = None
+    scale: str | None = None
+    min_length: int = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.obs_dim_: int | None = None
+        self.input_dim_: int = 0
+        self.build_options_: dict[str, Any] = {}
+        self.data_: Panel | None = None
+        self.inputs_: np.ndarray | None = None
+        self.transform_: Transform | None = None
+        self.fit_report_: FitReport | None = None
+
+    # -- hyperparameters ------------------------------------------------------------------------
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the hyperparameters, as in scikit-learn."""
+        return {name: getattr(self, name) for name in self._parameter_names()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Change hyperparameters; the model is unfitted afterwards.
+
+        Raises
+        ------
+        ValueError
+            For a name the model does not have.
+        """
+        known = self.get_params()
+        for name in params:
+            if name not in known:
+                raise ValueError(
+                    f"{type(self).__name__} has no parameter {name!r}; it has {sorted(known)}"
+                )
+        fresh = type(self)(**{**known, **params})
+        self.__dict__ = fresh.__dict__
+        return self
+
+    def clone(self) -> Self:
+        """Return an unfitted model with the same hyperparameters."""
+        return type(self)(**copy.deepcopy(self.get_params()))
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self).__init__).parameters
+        shown = [
+            f"{name}={value!r}"
+            for name, value in self.get_params().items()
+            if not _same(value, defaults[name].default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's parameters (the CPU for a model without any)."""
+        for tensor in [*self.parameters(), *self.buffers()]:
+            return tensor.device
+        return torch.device("cpu")
+
+    # -- what a subclass may say ----------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model can be used without (further) fitting."""
+        return self.fit_report_ is not None
+
+    def build_options(self, panel: Panel) -> dict[str, Any]:
+        """What `build` must know about the training data besides its width (JSON values)."""
+        return {}
+
+    def build(self, obs_dim: int, input_dim: int, **options: Any) -> None:
+        """Create the weights once the width of the data is known (default: nothing to create)."""
+
+    def initialise(self, values: Float[np.ndarray, "series time dim"]) -> None:
+        """Set starting values from the training data in model units (default: none to set)."""
+
+    def effective_scale(self) -> str | None:
+        """Scaling of the data that the model can use (counts and categories have none)."""
+        return self.scale
+
+    def check_data(self, panel: Panel) -> None:
+        """Raise a ValueError for data outside the model's support (default: log needs x > 0)."""
+        if self.transform == "log":
+            check_positive(panel)
+
+    def fitted_ids(self) -> tuple[Any, ...] | None:
+        """Names of the series that have parameters of their own, or None where all share them."""
+        return None
+
+    def estimates(self) -> dict[str, float]:
+        """Named estimates of a single fitted series, for `summary`."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a model file must hold besides hyperparameters, weights and data."""
+        return {}
+
+    def restore_extra(self, state: dict[str, Any]) -> None:
+        """Take over what `extra_state` gave."""
+
+    # -- verbs ----------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        y: Any,
+        inputs: Any = None,
+        *,
+        method: str | None = None,
+        seed: Seed = None,
+        device: str | torch.device | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Learn the model's parameters.
+
+        Parameters
+        ----------
+        y : array_like
+            Data in any form of `Panel.of`; NaN means not observed.
+        inputs : array_like, optional
+            Known covariates of every step.
+        method : str, optional
+            Learning method; the keys of ``model.learners``. Default: the first of them.
+        seed : int or torch.Generator, optional
+            Seed of whatever is random in the fit.
+        device : str, optional
+            Where a deep model trains; default the CPU.
+        progress : bool
+            Show progress on standard error.
+        **options
+            Options of the learning method (see its function in `seqdgm.inference`).
+
+        Returns
+        -------
+        model
+            Itself, with ``fit_report_``.
+
+        Raises
+        ------
+        ValueError
+            For unusable data or options. The model is then what it was before the call.
+        """
+        from seqdgm.inference import check_options, find_learner
+
+        panel = Panel.of(y)
+        u = align_inputs(panel, inputs)
+        method, learner = find_learner(self, method)
+        check_options(learner, options, type(self).__name__)
+        check_lengths(panel, self.min_length, type(self).__name__)
+        generator = make_generator(seed)
+        draft = self._blank()
+        draft.obs_dim_, draft.input_dim_ = panel.n_dims, u.shape[2]
+        draft.build_options_ = self.build_options(panel)
+        with seeded(generator):
+            draft.build(panel.n_dims, u.shape[2], **draft.build_options_)
+        draft.check_data(panel)
+        pooled = bool(options.get("pooled", not self.per_series))
+        draft.transform_ = fit_transform(
+            panel, self.transform, self.effective_scale(), pooled=pooled
+        )
+        draft.initialise(draft.transform_.forward(torch.from_numpy(panel.values.copy())).numpy())
+        draft.to(device or "cpu")
+        draft.data_, draft.inputs_ = panel, u
+        batch = make_batch(draft, panel, u, list(range(panel.n_series)), draft.transform_)
+        draft.fit_report_ = learner(
+            draft, batch, method=method, generator=generator, progress=progress, **options
+        )
+        self.__dict__ = draft.__dict__
+        return self
+
+    def filter(
+        self,
+        y: Any = None,
+        inputs: Any = None,
+        *,
+        method: str = "auto",
+        n_particles: int = 1000,
+        seed: Seed = None,
+    ) -> StatePosterior:
+        """Posterior of each state given the observations up to its own time.
+
+        Parameters
+        ----------
+        y : array_like, optional
+            Data; default the data of `fit`.
+        inputs : array_like, optional
+            Known covariates.
+        method : str
+            ``"auto"`` takes the most exact engine the model admits.
+        n_particles : int
+            Particles of a Monte-Carlo engine.
+        seed : int or torch.Generator, optional
+        """
+        return self._states("filter", y, inputs, method, n_particles, seed)
+
+    def smooth(
+        self,
+        y: Any = None,
+        inputs: Any = None,
+        *,
+        method: str = "auto",
+        n_particles: int = 1000,
+        seed: Seed = None,
+    ) -> StatePosterior:
+        """Posterior of each state given all observations; parameters as in `filter`."""
+        return self._states("smooth", y, inputs, method, n_particles, seed)
+
+    def log_prob(
+        self,
+        y: Any = None,
+        inputs: Any = None,
+        *,
+        method: str = "auto",
+        n_particles: int = 1000,
+        seed: Seed = None,
+    ) -> LogProb:
+        """Log-likelihood of each series in nats, in the data's own units; see `LogProb`."""
+        from seqdgm.inference import find_engine
+
+        panel, batch, transform = self._prepare(y, inputs)
+        engine = find_engine(self, method, "log_prob")
+        evidence = engine.log_prob(
+            self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
+        )
+        value = _numpy(evidence.value) + log_jacobian(panel, transform)
+        return LogProb(value, evidence.kind, _numpy(evidence.stderr))
+
+    def forecast(
+        self,
+        horizon: int,
+        y: Any = None,
+        inputs: Any = None,
+        *,
+        n_samples: int = 1000,
+        method: str = "auto",
+        seed: Seed = None,
+    ) -> Forecast:
+        """Joint predictive distribution of the `horizon` steps after each series' end.
+
+        Parameters
+        ----------
+        horizon : int
+            Number of steps, at least 1.
+        y : array_like, optional
+            History; default the data of `fit` and `update`.
+        inputs : array_like, optional
+            Known covariates, covering the horizon; needed whenever the model was fitted with them.
+        n_samples : int
+            Trajectories of a Monte-Carlo engine.
+        method : str
+            Inference engine.
+        seed : int or torch.Generator, optional
+        """
+        from seqdgm.inference import find_engine
+
+        if int(horizon) != horizon or horizon < 1:
+            raise ValueError(f"horizon={horizon!r} must be a whole number of steps, at least 1")
+        horizon = int(horizon)
+        panel, batch, transform = self._prepare(y, inputs, horizon)
+        engine = find_engine(self, method, "forecast")
+        generator = make_generator(seed, self.device)
+        prediction = engine.forecast(
+            self, batch, horizon=horizon, n_particles=n_samples, generator=generator
+        )
+        index = panel.future_index(horizon)
+        observations = prediction.observations
+
+        def draw(n: int, seed: int | None) -> np.ndarray:
+            return _numpy(observations.data_draw(transform, n, make_generator(seed, self.device)))
+
+        def score(y_future: Any) -> LogProb:
+            return self._continuation_log_prob(
+                panel, batch.u, y_future, method, n_samples, generator
+            )
+
+        return Forecast(
+            mean=_numpy(observations.data_mean(transform)),
+            panel=panel,
+            index=index,
+            model=type(self).__name__,
+            states=self._posterior(prediction.states, panel, "predicted", transform, index),
+            quantiles=lambda q: _numpy(observations.data_quantiles(transform, torch.from_numpy(q))),
+            draw=draw,
+            score=score,
+        )
+
+    def sample(self, length: int, n: int = 1, inputs: Any = None, *, seed: Seed = None) -> Panel:
+        """Draw `n` series of `length` steps from the model (from each fitted series' parameters).
+
+        An exactly diffuse initial element has no distribution to draw from: it starts at its entry
+        of the initial mean.
+        """
+        from seqdgm.inference import find_engine
+
+        if length < 1 or n < 1:
+            raise ValueError(f"length={length!r} and n={n!r} must be at least 1")
+        self._check_ready()
+        own = self.fitted_ids()
+        rows = [k for k in range(1 if own is None else len(own)) for _ in range(n)]
+        blank = Panel.of(np.zeros((len(rows), length, 1)))
+        u = align_inputs(blank, inputs)
+        check_inputs(self, u)
+        engine = find_engine(self, "auto", "sample")
+        x = engine.sample(
+            self,
+            torch.from_numpy(u.copy()).to(self.device, self.dtype),
+            torch.tensor(rows, device=self.device),
+            make_generator(seed, self.device),
+        )
+        transform = (self.transform_ or Transform.identity(x.shape[2])).select(rows)
+        values = _numpy(transform.inverse(x.double()))
+        return Panel.of(values)
+
+    def impute(
+        self,
+        y: Any = None,
+        inputs: Any = None,
+        *,
+        method: str = "auto",
+        n_particles: int = 1000,
+        seed: Seed = None,
+    ) -> Any:
+        """Fill what was not observed by its posterior mean given everything that was.
+
+        Returns
+        -------
+        same container as `y`
+            Observed values are returned as they came.
+        """
+        from seqdgm.inference import find_engine
+
+        panel, batch, transform = self._prepare(y, inputs)
+        engine = find_engine(self, method, "impute")
+        filled = engine.impute(
+            self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
+        )
+        mean = _numpy(filled.data_mean(transform))
+        inside = np.arange(panel.n_steps)[None, :, None] < panel.lengths[:, None, None]
+        values = np.where(panel.mask, panel.values, np.where(inside, mean, np.nan))
+        given = replace(panel, container="panel") if isinstance(y, Panel) else panel
+        return given.restore(values)
+
+    def update(self, y_new: Any, inputs: Any = None) -> Self:
+        """Append new observations to the data the model holds, without refitting.
+
+        The parameters stay; `filter`, `smooth`, `forecast` and `log_prob` called without data use
+        the extended series from then on.
+        """
+        self._check_ready()
+        if self.data_ is None:
+            raise ValueError("the model holds no data to extend; call fit(y) first")
+        data = self.data_.append(y_new)
+        new = _after(data, self.data_.lengths)
+        u_new = align_inputs(new, inputs)
+        check_inputs(self, u_new)
+        self.check_data(new)
+        assert self.inputs_ is not None
+        u = np.zeros((data.n_series, data.n_steps, u_new.shape[2]))
+        for k, (old, added) in enumerate(zip(self.data_.lengths, new.lengths, strict=True)):
+            u[k, :old] = self.inputs_[k, :old]
+            u[k, old : old + added] = u_new[k, :added]
+        self.data_, self.inputs_ = data, u
+        return self
+
+    def summary(self) -> str:
+        """Describe the model and how it was fitted, as text."""
+        from seqdgm.summary import summarise
+
+        return summarise(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model, its data and its fit report to one ``.safetensors`` file."""
+        from seqdgm.serialize import save
+
+        save(self, path)
+
+    # -- plumbing -------------------------------------------------------------------------------
+
+    @classmethod
+    def _parameter_names(cls) -> list[str]:
+        return list(inspect.signature(cls.__init__).parameters)[1:]
+
+    def _blank(self) -> Self:
+        held = self.__dict__
+        kept = {k: v for k, v in held.items() if k not in ("data_", "inputs_", "fit_report_")}
+        draft = type(self).__new__(type(self))
+        draft.__dict__ = copy.deepcopy(kept)
+        draft.data_ = draft.inputs_ = draft.fit_report_ = None
+        return draft
+
+    def _check_ready(self) -> None:
+        if not self.ready:
+            raise ValueError(f"this {type(self).__name__} is not fitted; call fit(y) first")
+
+    def _prepare(self, y: Any, inputs: Any, horizon: int = 0) -> tuple[Panel, Batch, Transform]:
+        self._check_ready()
+        return prepare(self, y, inputs, horizon)
+
+    def _states(
+        self, verb: str, y: Any, inputs: Any, method: str, n_particles: int, seed: Seed
+    ) -> StatePosterior:
+        from seqdgm.inference import find_engine
+
+        panel, batch, transform = self._prepare(y, inputs)
+        engine = find_engine(self, method, verb)
+        states = getattr(engine, verb)(
+            self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
+        )
+        kind = "filtered" if verb == "filter" else "smoothed"
+        return self._posterior(states, panel, kind, transform)
+
+    def _posterior(
+        self,
+        states: States,
+        panel: Panel,
+        kind: Any,
+        transform: Transform,
+        index: Any = None,
+    ) -> StatePosterior:
+        raw = states.draw
+
+        def draw(n: int, seed: int | None) -> np.ndarray:
+            assert raw is not None
+            return _numpy(raw(n, make_generator(seed, self.device)))
+
+        return StatePosterior(
+            mean=_numpy(states.mean),
+            cov=_numpy(states.cov),
+            log_likelihood=_numpy(states.log_likelihood) + log_jacobian(panel, transform),
+            names=self.state_names(states.mean.shape[-1]),
+            panel=panel,
+            kind=kind,
+            ess=None if states.ess is None else _numpy(states.ess),
+            draw=None if raw is None else draw,
+            index=index,
+        )
+
+    def state_names(self, dim: int) -> tuple[str, ...]:
+        """Names of the entries of the reported state."""
+        return tuple(f"z{k + 1}" for k in range(dim))
+
+    def _continuation_log_prob(
+        self,
+        panel: Panel,
+        u: Tensor,
+        y_future: Any,
+        method: str,
+        n_particles: int,
+        generator: torch.Generator,
+    ) -> LogProb:
+        """log p(y_future | history): the evidence of the joint steps after the history."""
+        from seqdgm.inference import find_engine
+
+        whole = panel.append(y_future)
+        self.check_data(whole)
+        steps = int((whole.lengths - panel.lengths).max())
+        if steps > u.shape[1] - panel.n_steps:
+            raise ValueError(
+                f"y_future has {steps} steps, the forecast {u.shape[1] - panel.n_steps}"
+            )
+        engine = find_engine(self, method, "log_prob")
+        transform = transform_for(self, panel)
+        known = u.double().cpu().numpy()
+        full = make_batch(self, whole, known, match_rows(self, panel), transform)
+        evidence = engine.log_prob(
+            self,
+            full,
+            n_particles=n_particles,
+            generator=make_generator(draw_seed(generator), self.device),
+            start=torch.from_numpy(panel.lengths.copy()).to(self.device),
+        )
+        jacobian = log_jacobian(whole, transform, panel.lengths)
+        return LogProb(_numpy(evidence.value) + jacobian, evidence.kind, _numpy(evidence.stderr))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray | Tensor) or isinstance(b, np.ndarray | Tensor):
+        return a is b
+    return bool(a == b)
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def _after(panel: Panel, lengths: np.ndarray) -> Panel:
+    """The steps of each series after its first ``lengths[n]``."""
+    added = panel.lengths - lengths
+    values = np.full((panel.n_series, int(added.max(initial=1)), panel.n_dims), np.nan)
+    for k, (old, more) in enumerate(zip(lengths, added, strict=True)):
+        values[k, :more] = panel.values[k, old : old + more]
+    index = tuple(stamps[old:] for stamps, old in zip(panel.index, lengths, strict=True))
+    return Panel(values, added, panel.ids, panel.columns, index, "panel")

@@ -1,0 +1,92 @@
+"""What the deep models share: an emission head, scaled data and training settings."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from seqdgm.nn import Head, emission_head, head_options_from_data
+from seqdgm.nn.heads import HEADS
+from seqdgm.panel import Panel
+from seqdgm.recursion import StateSpaceModel
+from seqdgm.types import Inputs
+
+
+class DeepModel(StateSpaceModel):
+    """A state-space model made of networks; parameters are shared over the panel.
+
+    Subclasses create their networks in `build` and call `make_head` there.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+    emission_name: str
+    head: Head
+
+    @property
+    def ready(self) -> bool:
+        """Networks need training."""
+        return self.fit_report_ is not None
+
+    def set_common(
+        self,
+        emission: str,
+        transform: str | None,
+        scale: str | None,
+        **training: float,
+    ) -> None:
+        """Store the hyperparameters that all deep models have."""
+        if emission not in HEADS:
+            raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
+        self.emission_name = emission
+        self.transform, self.scale = transform, scale
+        for name, value in training.items():
+            setattr(self, name, value)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the hyperparameters; ``emission`` is the name of the head."""
+        names = [n for n in self._parameter_names() if n != "emission"]
+        return {"emission": self.emission_name} | {n: getattr(self, n) for n in names}
+
+    def effective_scale(self) -> str | None:
+        """Only real-valued data may be scaled."""
+        return self.scale if HEADS[self.emission_name].real_valued else None
+
+    def build_options(self, panel: Panel) -> dict[str, Any]:
+        """What only the data can tell about the head, such as the number of categories."""
+        return head_options_from_data(self.emission_name, panel.values)
+
+    def make_head(self, in_dim: int, obs_dim: int, **options: Any) -> Head:
+        """Emission head over features of width `in_dim`."""
+        return emission_head(self.emission_name, in_dim, obs_dim, **options)
+
+    def initialise(self, values: Float[np.ndarray, "series time dim"]) -> None:
+        """Start the head at the marginal distribution of each column."""
+        self.head.initialise_bias(values)
+
+    def check_data(self, panel: Panel) -> None:
+        """Raise a ValueError for values that the emission cannot produce."""
+        super().check_data(panel)
+        if self.transform is None and hasattr(self, "head"):
+            self.head.validate(panel.values, panel.ids, panel.columns, panel.index)
+
+    def embed(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
+        """Observations as the networks read them (counts in logs, categories one-hot)."""
+        return self.head.encode(x)
+
+
+def with_inputs(x: Float[Tensor, "*batch features"], u: Inputs) -> Tensor:
+    """Append the known inputs to features."""
+    if not u.values.shape[-1]:
+        return x
+    return torch.cat([x, u.values.expand(*x.shape[:-1], -1)], -1)
+
+
+def two_layers(in_dim: int, hidden_dim: int) -> nn.Sequential:
+    """Two rectified layers."""
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU()
+    )

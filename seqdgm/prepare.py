@@ -1,0 +1,158 @@
+"""From what the caller passes to what an engine takes: checks, series matching, batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from seqdgm.panel import Panel, align_inputs
+from seqdgm.transform import Transform, fit_transform
+from seqdgm.types import Batch
+
+if TYPE_CHECKING:
+    from seqdgm.model import SequenceModel
+
+
+def prepare(
+    model: SequenceModel, y: Any, inputs: Any, horizon: int = 0
+) -> tuple[Panel, Batch, Transform]:
+    """Validate data and inputs against a fitted model and move them to model units.
+
+    Parameters
+    ----------
+    model : SequenceModel
+        A model that is ready.
+    y : array_like or None
+        Data; None takes what the model holds.
+    inputs : array_like or None
+        Known covariates of every step, and of `horizon` more. Where the model holds the data, those
+        of the horizon alone are enough.
+    horizon : int
+        Steps after each series' end that inputs must cover.
+
+    Raises
+    ------
+    ValueError
+        If the data do not fit the model.
+    """
+    if y is None:
+        if model.data_ is None:
+            raise ValueError("the model holds no data; pass y")
+        panel = model.data_
+    else:
+        panel = Panel.of(y)
+    if model.obs_dim_ is not None and panel.n_dims != model.obs_dim_:
+        raise ValueError(
+            f"the model was fitted on {model.obs_dim_} columns, but y has {panel.n_dims}: "
+            f"{panel.columns}"
+        )
+    if y is not None:
+        model.check_data(panel)
+    rows = match_rows(model, panel)
+    if inputs is None and y is None and horizon == 0 and model.inputs_ is not None:
+        u = model.inputs_
+    elif inputs is not None and y is None and horizon and model.inputs_ is not None:
+        u = _future_inputs(panel, model.inputs_, inputs, horizon)
+    else:
+        u = align_inputs(panel, inputs, horizon)
+    check_inputs(model, u)
+    transform = transform_for(model, panel)
+    return panel, make_batch(model, panel, u, rows, transform), transform
+
+
+def check_inputs(model: SequenceModel, u: Float[np.ndarray, "series steps inputs"]) -> None:
+    """Raise a ValueError unless there are as many input columns as in the fit."""
+    if model.fit_report_ is not None and u.shape[2] != model.input_dim_:
+        raise ValueError(
+            f"the model was fitted with {model.input_dim_} input columns, but got {u.shape[2]}; "
+            "pass inputs= with the same columns, covering every step"
+        )
+
+
+def check_lengths(panel: Panel, least: int, name: str) -> None:
+    """Raise a ValueError for a series with fewer than `least` observed steps."""
+    observed = panel.mask.any(-1).sum(1)
+    short = np.flatnonzero(observed < least)
+    if len(short):
+        k = int(short[0])
+        raise ValueError(
+            f"series {panel.ids[k]!r} has {observed[k]} observed steps (of {panel.lengths[k]}), "
+            f"too short for {name}, which needs at least {least}; give more data or use a smaller "
+            "model"
+        )
+
+
+def match_rows(model: SequenceModel, panel: Panel) -> list[int]:
+    """Which fitted series each series of a panel is, for parameters kept series by series."""
+    own = model.fitted_ids()
+    if own is None or len(own) == 1:
+        return [0] * panel.n_series
+    place = {name: k for k, name in enumerate(own)}
+    missing = [name for name in panel.ids if name not in place]
+    if missing:
+        raise ValueError(
+            f"series {missing[0]!r} has no parameters: the model was fitted series by series on "
+            f"{len(own)} others; refit with it, or fit with pooled=True"
+        )
+    return [place[name] for name in panel.ids]
+
+
+def transform_for(model: SequenceModel, panel: Panel) -> Transform:
+    """The fitted map; a map of each series' own is fitted anew for series not seen before."""
+    fitted = model.transform_
+    if fitted is not None and len(fitted.loc) == 1:
+        return fitted
+    if fitted is not None and model.data_ is not None:
+        place = {name: k for k, name in enumerate(model.data_.ids)}
+        if all(name in place for name in panel.ids):
+            return fitted.select([place[name] for name in panel.ids])
+    return fit_transform(panel, model.transform, model.effective_scale())
+
+
+def make_batch(
+    model: SequenceModel,
+    panel: Panel,
+    u: Float[np.ndarray, "series steps inputs"],
+    rows: list[int],
+    transform: Transform,
+) -> Batch:
+    """Tensors in the model's precision, on its device."""
+    return Batch.of(panel, u, transform, rows, dtype=model.dtype, device=model.device)
+
+
+def log_jacobian(
+    panel: Panel, transform: Transform, start: np.ndarray | None = None
+) -> Float[np.ndarray, "series"]:
+    """Sum of log|dw/dx| over observed elements (from step ``start[n]`` on)."""
+    if transform.trivial:
+        return np.zeros(panel.n_series)
+    mask = panel.mask
+    if start is not None:
+        mask = mask & (np.arange(panel.n_steps)[None, :, None] >= start[:, None, None])
+    x = torch.from_numpy(np.where(mask, panel.values, 1.0))
+    return np.where(mask, transform.log_jacobian(x).numpy(), 0.0).sum((1, 2))
+
+
+def _future_inputs(
+    panel: Panel, held: Float[np.ndarray, "series time inputs"], inputs: Any, horizon: int
+) -> Float[np.ndarray, "series steps inputs"]:
+    """Inputs of history and horizon, from a table of both or of the horizon alone."""
+    if int(Panel.of(inputs, name="inputs").lengths.max()) > horizon:
+        return align_inputs(panel, inputs, horizon)
+    ahead = Panel(
+        values=np.zeros((panel.n_series, horizon, 1)),
+        lengths=np.full(panel.n_series, horizon),
+        ids=panel.ids,
+        columns=("y",),
+        index=panel.future_index(horizon),
+        container="panel",
+    )
+    future = align_inputs(ahead, inputs)
+    u = np.zeros((panel.n_series, panel.n_steps + horizon, future.shape[2]))
+    for k, length in enumerate(panel.lengths):
+        u[k, :length] = held[k, :length]
+        u[k, length : length + horizon] = future[k, :horizon]
+    return u

@@ -1,0 +1,134 @@
+"""The recursion that every state-space model of the package shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.distributions import Distribution
+
+from seqdgm.model import SequenceModel
+from seqdgm.types import Batch, Inputs
+
+if TYPE_CHECKING:
+    from seqdgm.kernels.types import System
+
+
+class StateSpaceModel(SequenceModel):
+    r"""The recursion that all models of the package share; subclass it for your own.
+
+    .. math::
+
+        h_t &= \mathrm{advance}(s_{t-1}, x_{t-1}, u_t) \\
+        z_t &\sim \mathrm{prior}(h_t) \\
+        s_t &= \mathrm{absorb}(h_t, z_t) \\
+        x_t &\sim \mathrm{emission}(s_t)
+
+    A Markov model needs only the short form: `initial`, `transition` and `emission`, each of which
+    returns a `torch.distributions` object whose last axis is the vector's axis. A distribution
+    with an empty event shape is independent along that axis. All functions must accept any leading
+    batch shape (series, particles, time).
+
+    Attributes
+    ----------
+    latent_dim : int
+        Width of z; 0 for a model without random states.
+    feedback : bool
+        Whether `advance` reads the previous observation (then missing ones are sampled).
+
+    Examples
+    --------
+    The nonlinear growth model of Gordon, Salmond and Smith (1993):
+
+    >>> import torch, seqdgm as sq
+    >>> from torch.distributions import Normal
+    >>> class Growth(sq.StateSpaceModel):
+    ...     latent_dim = 1
+    ...     def initial(self, u):
+    ...         return Normal(torch.zeros(1), torch.ones(1))
+    ...     def transition(self, z, u):
+    ...         mean = z / 2 + 25 * z / (1 + z**2) + 8 * torch.cos(1.2 * u.t)[..., None]
+    ...         return Normal(mean, 10**0.5)
+    ...     def emission(self, z, u):
+    ...         return Normal(z**2 / 20, 1.0)
+    >>> y = Growth().sample(50, seed=0)
+    >>> Growth().filter(y, n_particles=200, seed=1).mean.shape
+    (1, 50, 1)
+    """
+
+    engines: ClassVar[tuple[str, ...]] = ("particle",)
+    learners: ClassVar[Mapping[str, str]] = {"given": "given"}
+    latent_dim: int = 0
+    feedback: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """A model that was written down needs no fit."""
+        return True
+
+    def initial(self, u: Inputs) -> Distribution:
+        """Distribution of the first state."""
+        raise NotImplementedError(f"{type(self).__name__} must define initial(u)")
+
+    def transition(self, z: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
+        """Distribution of the next state given this one."""
+        raise NotImplementedError(f"{type(self).__name__} must define transition(z, u)")
+
+    def emission(self, s: Any, u: Inputs) -> Distribution:
+        """Distribution of the observation given the state."""
+        raise NotImplementedError(f"{type(self).__name__} must define emission(z, u)")
+
+    def start(self, batch_shape: tuple[int, ...]) -> Any:
+        """State before the first step; None where the first state has a law of its own."""
+        return None
+
+    def embed(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
+        """Features of the previous observation, computed for all steps at once where possible."""
+        return x
+
+    def advance(self, s: Any, x: Tensor | None, u: Inputs) -> Any:
+        """Deterministic memory before z; `x` is the embedded previous observation."""
+        return s
+
+    def prior(self, h: Any, u: Inputs) -> Distribution | None:
+        """Distribution of z given the memory; None for a model without random states."""
+        return self.initial(u) if h is None else self.transition(h, u)
+
+    def absorb(self, h: Any, z: Tensor | None) -> Any:
+        """State after z; the default keeps z alone, as Markov models do."""
+        return z
+
+    def report(self, h: Any, z: Tensor | None) -> Float[Tensor, "*batch state"]:
+        """The vector that `filter` and `smooth` report; default z."""
+        assert z is not None
+        return z
+
+    def memory(self, x: Tensor, u: Inputs) -> Any:
+        """All h_t in one fused call where the memory does not see z; None where it does.
+
+        `x` holds the embedded previous observations, ``(series, time, features)``.
+        """
+        return None
+
+    def encode(self, batch: Batch) -> Tensor | None:
+        """What the proposal needs from the data, (series, time, features); None: no proposal."""
+        return None
+
+    def proposal(self, h: Any, c: Tensor, u: Inputs) -> Distribution:
+        """Approximate posterior of z given the memory and the encoded data."""
+        raise NotImplementedError(
+            f"{type(self).__name__} encodes data but has no proposal(h, c, u)"
+        )
+
+    def linear_gaussian(
+        self, u: Float[Tensor, "series steps inputs"], rows: Int[Tensor, "series"]
+    ) -> System:
+        """System matrices of a linear-Gaussian model, for the engine ``"kalman"``."""
+        raise NotImplementedError(f"{type(self).__name__} is not linear-Gaussian")
+
+    @property
+    def markov(self) -> bool:
+        """Whether z alone is the state, so that backward simulation applies."""
+        return type(self).advance is StateSpaceModel.advance

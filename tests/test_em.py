@@ -1,0 +1,162 @@
+"""EM and maximum likelihood of the linear-Gaussian model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+
+import seqdgm as sq
+from seqdgm.inference.kalman import conditional_emission
+from seqdgm.models.linear_gaussian import Matrices
+from seqdgm.types import Batch
+
+F = np.array([[0.8, 0.3], [-0.2, 0.7]])
+H = np.array([[1.0, 0.0], [0.3, 1.0], [0.5, -0.5]])
+Q = np.array([[0.4, 0.1], [0.1, 0.2]])
+R = np.array([[0.3, 0.1, 0.0], [0.1, 0.4, 0.05], [0.0, 0.05, 0.2]])
+
+
+def truth() -> sq.LinearGaussianSSM:
+    return sq.LinearGaussianSSM(F=F, H=H, Q=Q, R=R, m0=np.zeros(2), P0=np.eye(2))
+
+
+def data(length: int, n: int, seed: int, holes: float = 0.1) -> list[np.ndarray]:
+    values = truth().sample(length, n, seed=seed).values.copy()
+    rng = np.random.default_rng(seed)
+    values[rng.random(values.shape) < holes] = np.nan
+    return [v[: length - 3 * k] for k, v in enumerate(values)]
+
+
+LEARN = [
+    {},
+    {"F": F},
+    {"F": F, "H": H},
+    {"H": H, "R": R},
+    {"Q": Q, "R": R},
+    {"F": F, "H": H, "Q": Q, "R": R},
+    {"F": F, "H": H, "diffuse": True},
+    {"emission_cov": "diagonal"},
+    {"F": F, "diffuse": [True, False]},
+]
+
+
+@pytest.mark.parametrize("given", LEARN, ids=lambda g: ",".join(g) or "nothing")
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_likelihood_never_decreases_and_what_is_given_stays(given, pooled) -> None:
+    model = sq.LinearGaussianSSM(latent_dim=2, **given)
+    model.fit(data(40, 3, seed=1), max_iter=30, tol=0.0, pooled=pooled)
+    steps = np.diff(model.fit_report_.objective)
+    assert len(steps) > 5
+    assert steps.min() >= -1e-9 * np.abs(model.fit_report_.objective).max()
+    for name, value in given.items():
+        if name in "FHQR":
+            held = getattr(model, f"{name}_").numpy()
+            np.testing.assert_array_equal(held, np.broadcast_to(value, held.shape))
+    for name in "QR":
+        assert np.linalg.eigvalsh(getattr(model, f"{name}_").numpy()).min() > -1e-10
+
+
+def test_it_recovers_a_known_system() -> None:
+    y = data(400, 5, seed=2)
+    model = sq.LinearGaussianSSM(latent_dim=2).fit(y, max_iter=300, pooled=True)
+    # The state's basis is free: compare what is not, the eigenvalues and the spectrum at lag 0.
+    found = np.sort_complex(np.linalg.eigvals(model.F_[0].numpy()))
+    np.testing.assert_allclose(found, np.sort_complex(np.linalg.eigvals(F)), atol=0.1)
+    exact = truth().log_prob(y).value.sum()
+    learned = model.log_prob(y).value.sum()
+    # A maximum over k parameters exceeds the truth by half a chi-square(k) variable.
+    assert -1e-6 < learned - exact < 40
+    assert abs(model.R_[0].numpy() - R).max() < 0.1
+
+
+def test_the_maximum_is_where_scipy_finds_it() -> None:
+    y = data(60, 1, seed=3)
+    model = sq.LinearGaussianSSM(F=F, H=H, R=R, m0=np.zeros(2), P0=np.eye(2))
+
+    def negative(theta: np.ndarray) -> float:
+        root = np.array([[np.exp(theta[0]), 0], [theta[2], np.exp(theta[1])]])
+        given = {"Q": root @ root.T, "F": F, "H": H, "R": R, "m0": np.zeros(2), "P0": np.eye(2)}
+        return -sq.LinearGaussianSSM(**given).log_prob(y).value.sum()
+
+    best = -minimize(negative, np.zeros(3), method="Nelder-Mead", tol=1e-9).fun
+    for method, gap in (("mle", 1e-6), ("em", 1e-3)):
+        options = {"tol": 1e-12, "max_iter": 2000} if method == "em" else {}
+        model.fit(y, method=method, **options)
+        assert model.fit_report_.log_likelihood.sum() == pytest.approx(best, abs=gap)
+
+
+def test_em_steps_agree_with_a_numerical_m_step() -> None:
+    """One EM step for R maximises the expected complete-data likelihood of the missing vectors."""
+    y = data(50, 1, seed=4, holes=0.3)
+    start = {"F": F, "H": H, "Q": Q, "m0": np.zeros(2), "P0": np.eye(2)}
+    model = sq.LinearGaussianSSM(**start, R=0.5 * R + 0.2 * np.eye(3), learn=("R",))
+    model.fit(y, max_iter=200, tol=0.0)
+    found = model.fit_report_.log_likelihood.sum()
+
+    def moved(delta: np.ndarray) -> float:
+        given = model.R_[0].numpy() + delta
+        return float(sq.LinearGaussianSSM(**start, R=given).log_prob(y).value.sum())
+
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        step = rng.normal(size=(3, 3)) * 5e-3
+        assert moved(step + step.T) < found + 1e-5
+
+
+def test_inputs_are_learned() -> None:
+    rng = np.random.default_rng(6)
+    u = rng.normal(size=(300, 2))
+    b, d = np.array([[1.0, -0.5]]), np.array([[0.7, 2.0]])
+    z, x = 0.0, []
+    for k in range(300):
+        z = 0.6 * z + float(b[0] @ u[k]) + 0.3 * rng.normal() if k else rng.normal()
+        x.append(z + float(d[0] @ u[k]) + 0.2 * rng.normal())
+    model = sq.LinearGaussianSSM(
+        F=[[0.6]], H=[[1.0]], m0=[0.0], P0=[[1.0]], learn=("B", "D", "Q", "R")
+    ).fit(np.array(x), inputs=u)
+    np.testing.assert_allclose(model.B_[0].numpy(), b, atol=0.12)
+    np.testing.assert_allclose(model.D_[0].numpy(), d, atol=0.12)
+    ahead = model.forecast(3, inputs=rng.normal(size=(3, 2)))
+    assert np.isfinite(ahead.mean).all()
+
+
+def test_conditional_emission_is_gaussian_conditioning() -> None:
+    rng = np.random.default_rng(7)
+    mask = np.array([[[True, False, True], [False, False, True], [True, True, True]]])
+    x = rng.normal(size=(1, 3, 3))
+    full = {"F": F, "H": H, "Q": Q, "R": R, "m0": np.zeros(2), "P0": np.eye(2)}
+    full |= {"B": np.zeros((2, 0)), "D": np.zeros((3, 0)), "b": np.zeros(2), "d": np.ones(3)}
+    matrices = Matrices(
+        **{k: torch.from_numpy(np.array(v, dtype=float))[None] for k, v in full.items()}
+    )
+    u = torch.zeros(1, 3, 0, dtype=torch.float64)
+    batch = Batch(
+        torch.from_numpy(np.where(mask, x, 0.0)),
+        torch.from_numpy(mask),
+        torch.tensor([3]),
+        u,
+        torch.tensor([0]),
+        ("a",),
+    )
+    system = matrices.system(u, torch.zeros(2, dtype=torch.bool))
+    load, offset, noise = (part[0].numpy() for part in conditional_emission(system, batch))
+    z = rng.normal(size=2)
+    for t in range(3):
+        o, m = np.flatnonzero(mask[0, t]), np.flatnonzero(~mask[0, t])
+        gain = R[np.ix_(m, o)] @ np.linalg.inv(R[np.ix_(o, o)])
+        mean = (H @ z + 1)[m] + gain @ (x[0, t, o] - (H @ z + 1)[o])
+        cov = R[np.ix_(m, m)] - gain @ R[np.ix_(o, m)]
+        np.testing.assert_allclose((load[t] @ z + offset[t])[m], mean, atol=1e-12)
+        np.testing.assert_allclose(noise[t][np.ix_(m, m)], cov, atol=1e-12)
+        np.testing.assert_allclose((load[t] @ z + offset[t])[o], x[0, t, o], atol=1e-12)
+        np.testing.assert_allclose(noise[t][o], 0, atol=1e-12)
+
+
+def test_nile_estimates_are_the_published_ones() -> None:
+    """Durbin and Koopman (2012), section 2.10: 15099 and 1469.1."""
+    nile = sq.datasets.load("nile").y
+    model = sq.LinearGaussianSSM(F=[[1.0]], H=[[1.0]], diffuse=True).fit(nile, method="mle")
+    assert model.R_.item() == pytest.approx(15099, rel=2e-4)
+    assert model.Q_.item() == pytest.approx(1469.1, rel=2e-4)
