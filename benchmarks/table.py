@@ -1,0 +1,51 @@
+"""Put the results of all scripts, as tables, into README.md of this folder (--print: only show)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from _harness import RESULTS, as_markdown
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """Where and with what a record was measured."""
+    threads = ", ".join(f"{name} {count}" for name, count in record["threads"].items())
+    versions = record["versions"]
+    peers = {row["package"] for task in record["tasks"] for row in task["contenders"]}
+    shown = sorted(name for name in {*peers, "numpy", "numba", "torch"} if name in versions)
+    return (
+        f"{record['date']}; {record['cpu']}, {record['cores']} cores; threads: {threads}; Python "
+        f"{record['python']}, " + ", ".join(f"{name} {versions[name]}" for name in shown) + "."
+    )
+
+
+def tables(folder: Path) -> str:
+    """One section for each result file."""
+    records = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    parts = [f"### {r['name']}\n\n{describe(r)}\n\n{as_markdown(r['tasks'])}" for r in records]
+    return "\n\n".join(parts) or "Nothing has been measured yet: run `make bench`."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--print", action="store_true", dest="show", help="leave README.md alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    options = parser.parse_args()
+    text = tables(options.results)
+    if options.show:
+        print(text)
+        return
+    head, rest = README.read_text("utf-8").split(BEGIN)
+    tail = rest.split(END)[1]
+    README.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
