@@ -165,7 +165,7 @@ class StatePosterior:
         return pd.concat(parts, ignore_index=True)
 
     def plot(self, **options: Any) -> Figure:
-        """Draw the states with two-standard-deviation bands; see `seqdgm.plotting.plot_states`."""
+        """Draw the states with 95 % bands; see `seqdgm.plotting.plot_states`."""
         from seqdgm.plotting import plot_states
 
         return plot_states(self, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -132,14 +132,12 @@ def load(
 
 def write_whole(path: Path, payload: bytes) -> None:
     """Write a file through a temporary one beside it, so that nobody ever sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        beside.write_bytes(payload)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _find_class(name: str, given: type[SequenceModel] | None) -> type[SequenceModel]:

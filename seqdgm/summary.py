@@ -22,7 +22,11 @@ def summarise(model: SequenceModel) -> str:
             f"{panel.n_dims} columns, {total - seen} of {total} values missing"
         )
     if report is not None:
-        done = f"{int(report.converged.sum())} of {len(report.converged)} converged"
+        done = "stopped at the iteration limit"
+        if report.converged.all():
+            done = "converged"
+        elif report.converged.any():
+            done = f"{int(report.converged.sum())} of {len(report.converged)} series converged"
         lines.append(
             f"fit       {report.method}, {report.n_iter} iterations, {done}, {report.seconds:.2f} s"
         )

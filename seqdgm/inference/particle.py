@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BACKWARD_ELEMENTS = 2_000_000  # densities held at once in backward simulation (16 MB)
 
+N_TRAJECTORIES = 200  # smoothed trajectories behind the moments of smooth and impute
+
 
 class Moments:
     """Weighted mean and covariance of the reported state at every step."""
@@ -238,7 +240,7 @@ def _trajectories(
     n: int | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Joint draws of states and observations given all data, with evidence and ESS."""
-    n = n or min(n_particles, 500)
+    n = n or min(n_particles, N_TRAJECTORIES)
     collector = Genealogy(model)
     options = SMCOptions(n_particles, draw_observations=True)
     out = smc.run(model, batch, options, generator, (collector,))
@@ -298,7 +300,10 @@ def _pick_backward(
         target = part[:, :, None].expand(n, part.shape[1], count, width)
         wide = dist.expand(prior, target.shape[:3], width)
         log_w = step["log_weights"][:, None] + dist.log_prob(wide, target).double()
-        weights = torch.softmax(log_w, -1).flatten(0, 1)
-        pick = torch.multinomial(weights, 1, generator=generator)
-        picks.append(pick.reshape(n, part.shape[1]))
+        total = torch.cumsum(torch.softmax(log_w, -1), -1)
+        level = torch.rand(
+            (*total.shape[:2], 1), generator=generator, dtype=total.dtype, device=z.device
+        )
+        pick = torch.searchsorted(total, level * total[..., -1:]).squeeze(-1)
+        picks.append(pick.clamp_max(count - 1))
     return torch.cat(picks, 1)

@@ -118,6 +118,28 @@ class SMCResult(NamedTuple):
     stderr: Float[Tensor, "series"]
 
 
+class _Facts(NamedTuple):
+    """What holds for one step of the whole batch, so that the loop need not ask tensors."""
+
+    inside: Bool[Tensor, "series"]
+    all_inside: bool
+    any_inside: bool
+    seen: bool
+    complete: bool
+
+    @classmethod
+    def of(cls, batch: Batch) -> list[_Facts]:
+        valid = batch.valid
+        columns = (
+            valid.unbind(1),
+            valid.all(0).tolist(),
+            valid.any(0).tolist(),
+            batch.mask.any(-1).any(0).tolist(),
+            batch.mask.all(-1).all(0).tolist(),
+        )
+        return [cls(*row) for row in zip(*columns, strict=True)]
+
+
 @dataclass
 class _Cloud:
     """Mutable state of the loop."""
@@ -162,12 +184,11 @@ def run(
         ess=torch.full((shape[0],), float(shape[1]), dtype=torch.float64, device=device),
     )
     context = model.encode(batch)
-    valid = batch.valid
-    for t in range(batch.n_steps):
+    for t, facts in enumerate(_Facts.of(batch)):
         ancestors = _resample(cloud, options, uniform, generator) if t else None
-        h, z, x = _move(model, batch, cloud, context, t, valid[:, t], options, generator)
+        h, z, x = _move(model, batch, cloud, context, t, facts, options, generator)
         for collector in collectors:
-            collector.update(Step(t, h, z, cloud.s, x, cloud.log_weights, ancestors, valid[:, t]))
+            collector.update(Step(t, h, z, cloud.s, x, cloud.log_weights, ancestors, facts.inside))
     return SMCResult(
         torch.stack(cloud.increments, 1),
         torch.stack(cloud.history, 1),
@@ -199,7 +220,7 @@ def _move(
     cloud: _Cloud,
     context: Tensor | None,
     t: int,
-    valid: Bool[Tensor, "series"],
+    facts: _Facts,
     options: SMCOptions,
     generator: torch.Generator,
 ) -> tuple[Any, Tensor | None, Tensor | None]:
@@ -207,17 +228,18 @@ def _move(
     u = batch.inputs_at(t, extra_axes=1)
     fed = None if cloud.x is None else model.embed(cloud.x)
     h = model.advance(cloud.s, fed, u)
-    z, log_ratio = _propose(model, h, context, t, valid, u, cloud.log_weights.shape, generator)
+    z, log_ratio = _propose(model, h, context, t, facts, u, cloud.log_weights.shape, generator)
     cloud.s = model.absorb(h, z)
     emission = model.emission(cloud.s, u)
-    x, mask = batch.x[:, t, None], batch.mask[:, t, None]
-    shape = (*cloud.log_weights.shape, x.shape[-1])
-    observed = bool(mask.any())
+    shape = (*cloud.log_weights.shape, batch.x.shape[-1])
+    x = batch.x[:, t, None].expand(shape)
+    mask = batch.mask[:, t, None].expand(shape)
     log_w = cloud.log_weights
-    if observed or log_ratio is not None:
+    if facts.seen or log_ratio is not None:
         gain = torch.zeros_like(log_w) if log_ratio is None else log_ratio.double()
-        if observed:
-            gain = gain + dist.log_prob(emission, x.expand(shape), mask.expand(shape)).double()
+        if facts.seen:
+            unsure = None if facts.complete else mask
+            gain = gain + dist.log_prob(emission, x, unsure).double()
         log_w, increment = normalise(log_w + gain)
         _check(increment, batch, t)
         cloud.ess = effective_sample_size(log_w)
@@ -226,13 +248,10 @@ def _move(
     cloud.log_weights = log_w
     cloud.increments.append(increment)
     cloud.history.append(cloud.ess)
-    missing = not bool((mask | ~valid[:, None, None]).all())
-    filled: Tensor | None = None
-    if options.draw_observations or (model.feedback and (missing or not bool(valid.all()))):
-        wide = dist.expand(emission, cloud.log_weights.shape, shape[-1])
-        filled = dist.fill_missing(wide, x.expand(shape), mask.expand(shape), generator)
-    elif model.feedback:
-        filled = x.expand(shape)
+    filled: Tensor | None = x if model.feedback else None
+    if options.draw_observations or (model.feedback and not facts.complete):
+        wide = dist.expand(emission, shape[:2], shape[2])
+        filled = dist.fill_missing(wide, x, mask, generator)
     if model.feedback:
         cloud.x = filled
     return h, z, filled
@@ -243,7 +262,7 @@ def _propose(
     h: Any,
     context: Tensor | None,
     t: int,
-    valid: Bool[Tensor, "series"],
+    facts: _Facts,
     u: Any,
     shape: tuple[int, ...],
     generator: torch.Generator,
@@ -253,15 +272,16 @@ def _propose(
     if prior is None:
         return None, None
     prior = dist.expand(prior, shape, model.latent_dim)
-    if context is None or not bool(valid.any()):
+    if context is None or not facts.any_inside:
         return dist.sample(prior, generator), None
     proposal = dist.expand(model.proposal(h, context[:, t, None], u), shape, model.latent_dim)
     z = dist.sample(proposal, generator)
-    if not bool(valid.all()):
+    inside = facts.inside[:, None]
+    if not facts.all_inside:
         # Beyond the end of a series nothing was observed: the future comes from the prior.
-        z = torch.where(valid[:, None, None], z, dist.sample(prior, generator))
+        z = torch.where(inside[..., None], z, dist.sample(prior, generator))
     ratio = dist.log_prob(prior, z) - dist.log_prob(proposal, z)
-    return z, torch.where(valid[:, None], ratio, 0.0)
+    return z, torch.where(inside, ratio, 0.0)
 
 
 def _check(increment: Float[Tensor, "series"], batch: Batch, t: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,8 @@ from seqdgm.nn.heads import HEADS
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
 from seqdgm.types import Inputs
+
+MAX_HARMONICS = 6
 
 
 class DeepModel(StateSpaceModel):
@@ -34,11 +37,15 @@ class DeepModel(StateSpaceModel):
     def set_common(
         self,
         emission: str,
+        season: int | None,
         transform: str | None,
         scale: str | None,
         **training: float,
     ) -> None:
         """Store the hyperparameters that all deep models have."""
+        if season is not None and (int(season) != season or season < 2):
+            raise ValueError(f"season={season!r} must be a whole number of steps, at least 2")
+        self.season = season
         if emission not in HEADS:
             raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
         self.emission_name = emission
@@ -73,16 +80,33 @@ class DeepModel(StateSpaceModel):
         if self.transform is None and hasattr(self, "head"):
             self.head.validate(panel.values, panel.ids, panel.columns, panel.index)
 
+    def known_dim(self, input_dim: int) -> int:
+        """Width of what `known` gives."""
+        return input_dim + 2 * len(self._frequencies())
+
+    def known(self, u: Inputs) -> Float[Tensor, "*batch known"]:
+        """Known inputs, and the harmonics of the season where the model has one."""
+        frequencies = self._frequencies()
+        if not frequencies:
+            return u.values
+        angle = u.t[..., None] * u.values.new_tensor(frequencies)
+        waves = torch.cat([angle.sin(), angle.cos()], -1)
+        return torch.cat([u.values, waves.expand(*u.values.shape[:-1], -1)], -1)
+
+    def with_known(self, x: Float[Tensor, "*batch features"], u: Inputs) -> Tensor:
+        """Append to features what is known of the step."""
+        known = self.known(u)
+        return torch.cat([x, known.expand(*x.shape[:-1], -1)], -1) if known.shape[-1] else x
+
+    def _frequencies(self) -> list[float]:
+        if self.season is None:
+            return []
+        count = min(self.season // 2, MAX_HARMONICS)
+        return [2 * math.pi * k / self.season for k in range(1, count + 1)]
+
     def embed(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
         """Observations as the networks read them (counts in logs, categories one-hot)."""
         return self.head.encode(x)
-
-
-def with_inputs(x: Float[Tensor, "*batch features"], u: Inputs) -> Tensor:
-    """Append the known inputs to features."""
-    if not u.values.shape[-1]:
-        return x
-    return torch.cat([x, u.values.expand(*x.shape[:-1], -1)], -1)
 
 
 def two_layers(in_dim: int, hidden_dim: int) -> nn.Sequential:

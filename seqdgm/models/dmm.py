@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from seqdgm.models._deep import DeepModel, two_layers, with_inputs
+from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn import GatedTransition, GaussianProposal, SmoothingEncoder
 from seqdgm.types import Batch, Inputs
 
@@ -38,6 +38,9 @@ class DMM(DeepModel):
         Units of the inference network.
     emission : str
         Observation model; see `RNN`.
+    season : int, optional
+        Season length in steps: the harmonics of the season (at most six), counted from each
+        series' first step, join the known inputs.
     transform : {None, "log"}
         Function applied to the data first.
     scale : {"standard", "mean", None}
@@ -69,6 +72,7 @@ class DMM(DeepModel):
         encoder_dim: int = 32,
         emission: str = "gaussian",
         *,
+        season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
         max_epochs: int = 300,
@@ -81,6 +85,7 @@ class DMM(DeepModel):
         self.latent_dim, self.hidden_dim, self.encoder_dim = latent_dim, hidden_dim, encoder_dim
         self.set_common(
             emission,
+            season,
             transform,
             scale,
             max_epochs=max_epochs,
@@ -92,12 +97,13 @@ class DMM(DeepModel):
 
     def build(self, obs_dim: int, input_dim: int, **options: Any) -> None:
         """Create the networks."""
+        known_dim = self.known_dim(input_dim)
         self.z0 = nn.Parameter(torch.zeros(self.latent_dim))
-        self.gated = GatedTransition(self.latent_dim, self.hidden_dim, input_dim)
-        self.features = two_layers(self.latent_dim + input_dim, self.hidden_dim)
+        self.gated = GatedTransition(self.latent_dim, self.hidden_dim, known_dim)
+        self.features = two_layers(self.latent_dim + known_dim, self.hidden_dim)
         self.head = self.make_head(self.hidden_dim, obs_dim, **options)
         self.encoder = SmoothingEncoder(
-            self.head.encoded_dim, self.encoder_dim, mask_dim=obs_dim, inputs_dim=input_dim
+            self.head.encoded_dim, self.encoder_dim, mask_dim=obs_dim, inputs_dim=known_dim
         )
         self.combiner = GaussianProposal(
             self.latent_dim, self.encoder.context_dim, self.encoder_dim
@@ -109,18 +115,18 @@ class DMM(DeepModel):
 
     def transition(self, z: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
         """Gated Gaussian transition."""
-        context = u.values.expand(*z.shape[:-1], -1) if u.values.shape[-1] else None
-        return self.gated(z, context)
+        known = self.known(u)
+        return self.gated(z, known.expand(*z.shape[:-1], -1) if known.shape[-1] else None)
 
     def emission(self, s: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
         """Observation given the state."""
-        return self.head(self.features(with_inputs(s, u)))
+        return self.head(self.features(self.with_known(s, u)))
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time context"]:
         """Summaries of the present and the future of each step."""
-        u = batch.u[:, : batch.n_steps] if batch.u.shape[2] else None
+        known = self.known(batch.inputs_all())
         x = self.head.encode(batch.x, batch.mask)
-        return self.encoder(x, batch.mask, u, batch.lengths)
+        return self.encoder(x, batch.mask, known, batch.lengths)
 
     def proposal(self, h: Float[Tensor, "*batch state"], c: Tensor, u: Inputs) -> Distribution:
         """Combine the previous state with the summary."""

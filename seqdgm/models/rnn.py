@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution
 
-from seqdgm.models._deep import DeepModel, with_inputs
+from seqdgm.models._deep import DeepModel
 from seqdgm.nn import RecurrentCell
 from seqdgm.types import Inputs
 
@@ -43,6 +43,9 @@ class RNN(DeepModel):
     emission : str
         Observation model: ``"gaussian" "studentt" "bernoulli" "categorical" "poisson"
         "negbinomial" "mixture"``.
+    season : int, optional
+        Season length in steps: the harmonics of the season (at most six), counted from each
+        series' first step, join the known inputs.
     transform : {None, "log"}
         Function applied to the data first.
     scale : {"standard", "mean", None}
@@ -76,6 +79,7 @@ class RNN(DeepModel):
         layers: int = 1,
         emission: str = "gaussian",
         *,
+        season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
         max_epochs: int = 300,
@@ -89,6 +93,7 @@ class RNN(DeepModel):
         self.cell, self.hidden_dim, self.layers = cell, hidden_dim, layers
         self.set_common(
             emission,
+            season,
             transform,
             scale,
             max_epochs=max_epochs,
@@ -100,9 +105,8 @@ class RNN(DeepModel):
     def build(self, obs_dim: int, input_dim: int, **options: Any) -> None:
         """Create the cell and the head."""
         self.head = self.make_head(self.hidden_dim, obs_dim, **options)
-        self.rnn = RecurrentCell(
-            self.cell, self.head.encoded_dim + input_dim, self.hidden_dim, self.layers
-        )
+        width = self.head.encoded_dim + self.known_dim(input_dim)
+        self.rnn = RecurrentCell(self.cell, width, self.hidden_dim, self.layers)
 
     def start(self, batch_shape: tuple[int, ...]) -> Memory:
         """Learned memory before the first step."""
@@ -113,12 +117,12 @@ class RNN(DeepModel):
         """One step of the cell."""
         assert x is not None
         assert s.cell is not None
-        state = self.rnn.step(with_inputs(x, u), s.cell)
+        state = self.rnn.step(self.with_known(x, u), s.cell)
         return Memory(self.rnn.output(state), state)
 
     def memory(self, x: Tensor, u: Inputs) -> Memory:
         """All steps at once."""
-        return Memory(self.rnn.run(with_inputs(x, u)), None)
+        return Memory(self.rnn.run(self.with_known(x, u)), None)
 
     def prior(self, h: Memory, u: Inputs) -> None:
         """There is no latent state."""
