@@ -73,5 +73,5 @@ bench: $(VENV)/.installed
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf build dist docs/_build demo-output seqdgm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build demo-output seqdgm-output example-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -145,10 +145,7 @@ def compare(
     write_frame(result.forecasts, output / "forecasts.csv")
     write_figure(result.plot(), output / "forecasts.png")
     _show(leaderboard(result.table), f"{data}: {result.horizon} steps ahead, {windows} window(s)")
-    _say(
-        f"MASE (season {result.season}), sMAPE (0 to 200) and CRPS: smaller is better. "
-        "log_score (nats per step): larger is better. coverage: per cent."
-    )
+    _say(LEGEND.format(season=result.season))
     _say(f"wrote leaderboard.csv, forecasts.csv and forecasts.png to {output}{os.sep}")
 
 
@@ -269,22 +266,41 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
+# Column of a comparison's table -> heading and digits that fit five models into 80 characters.
+HEADINGS = {
+    "MASE": ("MASE", ".3f"),
+    "sMAPE": ("sMAPE", ".2f"),
+    "CRPS": ("CRPS", ".4g"),
+    "coverage-80": ("in 80%", ".1f"),
+    "coverage-95": ("in 95%", ".1f"),
+    "log_score": ("log score", ".3f"),
+    "p_value": ("p", ".3f"),
+    "fit_seconds": ("fit s", ".2f"),
+    "forecast_seconds": ("fcst s", ".2f"),
+}
+LIKELIHOODS = {"estimate": "~", "lower bound": ">"}
+LEGEND = (
+    "MASE (season {season}), sMAPE (0 to 200) and CRPS (units of the data): smaller is better.\n"
+    "in 80%: per cent of the held-out values inside the 80 % interval.\n"
+    "log score (nats a step): larger is better; ~ estimate, > lower bound, otherwise exact."
+)
+
+
 def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
     """Round a comparison's table to text, standard errors beside their metric where there are."""
-    rows: dict[str, list[str]] = {"model": [str(name) for name in table.index]}
-    for metric in [c for c in table.columns if f"{c}-se" in table.columns]:
-        digits = 1 if metric.startswith("coverage") else 3
-        rows[metric] = [
-            _number(value, digits) + (f" ± {_number(error, digits)}" if error == error else "")
-            for value, error in zip(table[metric], table[f"{metric}-se"], strict=True)
-        ]
-    rows["likelihood"] = [str(kind) for kind in table["log_score_kind"]]
-    if table["p_value"].notna().any():
-        rows["p"] = [_number(value, 3) for value in table["p_value"]]
-    for column in ("fit_seconds", "forecast_seconds"):
-        rows[column.replace("_seconds", " s")] = [_number(value, 2) for value in table[column]]
     import pandas as pd
 
+    rows: dict[str, list[str]] = {"model": [str(name) for name in table.index]}
+    for column, (heading, digits) in HEADINGS.items():
+        if column == "p_value" and table[column].isna().all():
+            continue
+        rows[heading] = [_number(value, digits) for value in table[column]]
+        if f"{column}-se" in table.columns and table[f"{column}-se"].notna().any():
+            errors = [_number(value, digits) for value in table[f"{column}-se"]]
+            pairs = zip(rows[heading], errors, strict=True)
+            rows[heading] = [f"{value} ± {error}" for value, error in pairs]
+    marks = [LIKELIHOODS.get(kind, "") for kind in table["log_score_kind"]]
+    rows["log score"] = [a + b for a, b in zip(marks, rows["log score"], strict=True)]
     return pd.DataFrame(rows)
 
 
@@ -386,19 +402,30 @@ def _show(frame: pd.DataFrame, title: str) -> None:
     if not sys.stdout.isatty():
         typer.echo(frame.to_string(index=False))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for column in frame.columns:
-        table.add_column(str(column), justify="left" if column == frame.columns[0] else "right")
+        text = column in ("model", "name", "description")
+        table.add_column(
+            column, justify="left" if text else "right", no_wrap=column != "description"
+        )
     for row in frame.itertuples(index=False):
-        table.add_row(*(str(value) for value in row))
+        table.add_row(*(str(value).replace(" ± ", "\n± ") for value in row))
     Console().print(table)
 
 
-def _number(value: float, digits: int) -> str:
-    return "-" if value != value else f"{value:.{digits}f}"
+def _number(value: float, digits: str) -> str:
+    return "-" if value != value else format(value, digits)
 
 
 def _say(text: str) -> None:

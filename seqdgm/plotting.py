@@ -81,8 +81,9 @@ def plot_forecast(
     Examples
     --------
     >>> import numpy as np, seqdgm as sq
-    >>> model = sq.SeasonalNaive(season=4).fit(np.tile([1.0, 2.0, 3.0, 5.0], 6))
-    >>> len(plot_forecast(model.forecast(8)).axes)
+    >>> y = np.tile([1.0, 2.0, 3.0, 5.0], 6) + 0.1 * np.sin(np.arange(24.0))
+    >>> forecast = sq.SeasonalNaive(season=4).fit(y).forecast(8)
+    >>> len(plot_forecast(forecast).axes)
     1
     """
     panel = forecast.panel

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 from standins import Fragile, LastValue
 
+import seqdgm as sq
 from seqdgm.evaluation import backtest
 from seqdgm.panel import Panel
 
@@ -184,3 +185,21 @@ def test_nothing_is_printed_without_progress(monthly, capfd):
     backtest(LastValue(), monthly, 4, progress=True)
     assert quiet.out == quiet.err == ""
     assert capfd.readouterr().out == ""
+
+
+def test_arima_with_inputs_forecasts_as_when_called_by_hand(monthly):
+    covariate = pd.Series(np.sin(np.arange(40.0)), monthly.index)
+    model = sq.ARIMA((1, 0, 0), trend="c")
+    frame = backtest(model, monthly, 4, n_windows=2, inputs=covariate, seed=0)
+    for end, block in zip((32, 36), (frame.iloc[:4], frame.iloc[4:]), strict=True):
+        fitted = model.clone().fit(monthly.iloc[:end], covariate.iloc[:end])
+        by_hand = fitted.forecast(4, inputs=covariate.iloc[end : end + 4]).to_frame()
+        np.testing.assert_allclose(block["ARIMA"], by_hand["ARIMA"], rtol=1e-10)
+        np.testing.assert_allclose(block["ARIMA-lo-80"], by_hand["ARIMA-lo-80"], rtol=1e-10)
+
+
+def test_without_refit_parameters_stay_and_the_state_moves_on(monthly):
+    frame = backtest(sq.ARIMA((1, 0, 0), trend="c"), monthly, 4, n_windows=2, refit=False)
+    fitted = sq.ARIMA((1, 0, 0), trend="c").fit(monthly.iloc[:32])
+    moved = fitted.update(monthly.iloc[32:36]).forecast(4).to_frame()
+    np.testing.assert_allclose(frame["ARIMA"].iloc[4:], moved["ARIMA"], rtol=1e-10)

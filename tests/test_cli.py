@@ -243,3 +243,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(run, quarterly, tmp_path, monkey
     assert "disk is gone" in err
     assert (tmp_path / "out.csv").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "sales.csv"]
+
+
+def test_leaderboard_marks_what_is_not_exact():
+    models = {"exact": sq.SeasonalNaive(4), "trained": sq.DMM(latent_dim=1, max_epochs=1)}
+    y = np.random.default_rng(0).normal(size=24)
+    table = sq.compare(models, y, horizon=2, season=4, n_samples=20, seed=0).table
+    board = cli.leaderboard(table).set_index("model")
+    marks = board["log score"].str[0]
+    assert (
+        marks["trained"]
+        == {"estimate": "~", "lower bound": ">"}[table["log_score_kind"]["trained"]]
+    )
+    assert marks["exact"] in "-0123456789"
+    assert "p" not in board.columns

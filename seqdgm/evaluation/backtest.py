@@ -135,7 +135,7 @@ def backtest(
     Examples
     --------
     >>> import numpy as np, seqdgm as sq
-    >>> y = np.tile([1.0, 2.0, 3.0, 5.0], 6)
+    >>> y = np.tile([1.0, 2.0, 3.0, 5.0], 6) + 0.1 * np.sin(np.arange(24.0))
     >>> frame = sq.backtest(sq.SeasonalNaive(season=4), y, 4, n_windows=2)
     >>> list(frame.columns[:6])
     ['unique_id', 'ds', 'cutoff', 'y', 'SeasonalNaive', 'SeasonalNaive-lo-80']
