@@ -103,14 +103,27 @@ def build_model(
 def settings(season: int, horizon: int | None, quick: bool = False) -> dict[str, dict[str, Any]]:
     """Every setting of the default models, in one place."""
     seasonal = {"seasonal": (0, 1, 1, season)} if season > 1 else {}
-    epochs = 5 if quick else 300
+    season_or_none = season if season > 1 else None
+    deep: dict[str, Any] = {"season": season_or_none, "learning_rate": 1e-2}
     return {
         # The yardstick is the textbook one, whatever suits the other models.
         "seasonal-naive": {"season": season, "transform": None},
         "arima": {"order": (0, 1, 1) if season > 1 else (1, 1, 1), **seasonal},
-        "linear-gaussian": {"latent_dim": season + 1 if season > 1 else 2},
-        "rnn": {"cell": "gru", "hidden_dim": 32, "max_epochs": epochs},
-        "dmm": {"latent_dim": 4, "max_epochs": epochs},
+        "linear-gaussian": {
+            "latent_dim": season + 1 if season > 1 else 2,
+            "scale": "standard",
+        },
+        "rnn": {"cell": "gru", "hidden_dim": 24, "max_epochs": 5 if quick else 300, **deep},
+        "dmm": {
+            "latent_dim": 2,
+            "hidden_dim": 16,
+            "encoder_dim": 16,
+            "max_epochs": 5 if quick else 150,
+            "kl_warmup": 2 if quick else 40,
+            # A few hundred steps are little: decay keeps networks from learning the path by heart.
+            "weight_decay": 0.1,
+            **deep,
+        },
         "local-level": {"F": [[1.0]], "H": [[1.0]], "diffuse": True},
     }
 

@@ -45,7 +45,7 @@ class DMM(DeepModel):
         Function applied to the data first.
     scale : {"standard", "mean", None}
         Scaling of real-valued data; likelihoods stay in the data's own units.
-    max_epochs, learning_rate, batch_size, patience, kl_warmup
+    max_epochs, learning_rate, weight_decay, batch_size, patience, kl_warmup
         See `seqdgm.inference.training.TrainingOptions`.
 
     Examples
@@ -77,6 +77,7 @@ class DMM(DeepModel):
         scale: str | None = "standard",
         max_epochs: int = 300,
         learning_rate: float = 5e-3,
+        weight_decay: float = 1e-4,
         batch_size: int = 32,
         patience: int = 60,
         kl_warmup: int = 40,
@@ -90,6 +91,7 @@ class DMM(DeepModel):
             scale,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
+            weight_decay=weight_decay,
             batch_size=batch_size,
             patience=patience,
             kl_warmup=kl_warmup,

@@ -50,7 +50,7 @@ class RNN(DeepModel):
         Function applied to the data first.
     scale : {"standard", "mean", None}
         Scaling of real-valued data; likelihoods stay in the data's own units.
-    max_epochs, learning_rate, batch_size, patience
+    max_epochs, learning_rate, weight_decay, batch_size, patience
         See `seqdgm.inference.training.TrainingOptions`.
 
     Examples
@@ -84,6 +84,7 @@ class RNN(DeepModel):
         scale: str | None = "standard",
         max_epochs: int = 300,
         learning_rate: float = 5e-3,
+        weight_decay: float = 1e-4,
         batch_size: int = 32,
         patience: int = 60,
     ) -> None:
@@ -98,6 +99,7 @@ class RNN(DeepModel):
             scale,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
+            weight_decay=weight_decay,
             batch_size=batch_size,
             patience=patience,
         )
