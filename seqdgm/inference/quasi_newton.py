@@ -321,7 +321,9 @@ class _Search:
             below = np.maximum(promised - rise, 0.5 * promised)
             top = 0.5 * promised / np.maximum(below, np.finfo(np.float64).tiny)
             alpha[pending] *= np.clip(np.where(np.isfinite(rise), top, 0.25), 0.1, 0.5)
-            pending = pending[~accepted]
+            # A promise below the tolerance is not worth another evaluation.
+            hopeful = promised > 1e-2 * self.value_tol * np.maximum(np.abs(value[pending]), 1.0)
+            pending = pending[~accepted & hopeful]
             if len(pending) == 0:
                 break
         return self.theta[rows] - start, gain

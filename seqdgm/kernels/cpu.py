@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seqdgm.kernels import cpu_filter, cpu_smoother, cpu_steps
-from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, Moments
+from seqdgm.kernels import cpu_filter, cpu_smoother, cpu_steps, types
+from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, SMOOTH, Moments
 from seqdgm.kernels.cpu_smoother import make_back
 from seqdgm.kernels.cpu_steps import make_work
 from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
@@ -30,6 +30,9 @@ from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_argume
 _MODES: dict[Store, int] = {"likelihood": LIKELIHOOD, "last": LAST, "all": ALL}
 # Below so many multiplications a second thread costs more than it saves.
 _WORTH_A_THREAD = 200_000
+# The smoother alternates between forward and backward passes over so many steps, whose gains are
+# all that it keeps besides its result.
+_BLOCK_STEPS = 4096
 
 
 def kalman_filter(
@@ -50,9 +53,11 @@ def kalman_filter(
     totals = np.empty((6, n))
     data = (arrays, _array(x), _array(mask), _array(lengths))
 
+    forward, _ = _compiled()
+
     def run(start: int, stop: int) -> None:
         work = make_work(state, obs, diffuse, 1)
-        _compiled()[0](*data, start, stop, work, totals, out, _MODES[store])
+        forward(*data, start, stop, work, totals, out, _MODES[store])
 
     _spread(run, n, steps * state * state * (obs + state))
     _blank(out, data[3] if store == "all" else np.minimum(data[3], 1), kept)
@@ -77,9 +82,16 @@ def kalman_smoother(
     totals = np.empty((6, n))
     data = (arrays, _array(x), _array(mask), _array(lengths))
 
+    forward, backward = _compiled()
+    block = max(1, _BLOCK_STEPS // max(steps, 1))
+
     def run(start: int, stop: int) -> None:
-        work, back = make_work(state, obs, diffuse, steps), make_back(state)
-        _compiled()[1](*data, start, stop, work, totals, out, back, lags)
+        work = make_work(state, obs, diffuse, min(block, stop - start) * steps)
+        back = make_back(state)
+        for low in range(start, stop, block):
+            high = min(low + block, stop)
+            forward(*data, low, high, work, totals, out, SMOOTH)
+            backward(arrays, data[3], low, high, work, back, out.mean, out.cov, lags)
 
     _spread(run, n, 2 * steps * state * state * (obs + 2 * state))
     _blank(out, data[3], steps)
@@ -91,17 +103,17 @@ def kalman_smoother(
 
 @cache
 def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """The compiled loops of the filter and of the smoother, cached on disk.
+    """The compiled forward and backward loops, cached on disk.
 
     The cache looks at the file that defines a function, not at what it calls. So both are bound to
     a digest of all their sources, which becomes part of the key.
     """
-    files = (cpu_steps.__file__, cpu_filter.__file__, cpu_smoother.__file__)
-    digest = sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    modules = (types, cpu_steps, cpu_filter, cpu_smoother)
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    digest = sha256(sources).hexdigest()
     options = {"cache": True, "nogil": True, **cpu_steps.OPTIONS}
-    forward = cpu_filter.bind_filter(digest)
-    both = cpu_smoother.bind_smoother(digest)
-    return numba.njit(**options)(forward), numba.njit(**options)(both)
+    forward, backward = cpu_filter.bind_filter(digest), cpu_smoother.bind_smoother(digest)
+    return numba.njit(**options)(forward), numba.njit(**options)(backward)
 
 
 def _spread(run: Callable[[int, int], None], n: int, work: int) -> None:
@@ -157,13 +169,14 @@ def _tensor(array: np.ndarray) -> Tensor | None:
 def _arrays(system: System) -> tuple[Any, int]:
     """The system as contiguous arrays, and the largest possible rank of a Pinf."""
     arrays = System._make(_array(field, shared=1 if k < 6 else 0) for k, field in enumerate(system))
-    diagonal: Any = np.diagonal(arrays.Pinf, axis1=1, axis2=2)
+    diagonal = arrays.Pinf[:, range(arrays.Pinf.shape[1]), range(arrays.Pinf.shape[1])]
     return arrays, int((diagonal > 0).sum(1).max())
 
 
 def _array(tensor: Tensor, shared: int = -1) -> Any:
     """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
+    array = tensor.detach().numpy()
     for axis in range(shared + 1):
-        if tensor.shape[axis] > 1 and tensor.stride(axis) == 0:
-            tensor = tensor.narrow(axis, 0, 1)
-    return np.ascontiguousarray(tensor.detach().numpy())
+        if array.strides[axis] == 0:
+            array = array[:1] if axis == 0 else array[:, :1]
+    return np.ascontiguousarray(array)

@@ -128,17 +128,17 @@ def store_innovations(note: Any, v: Any, var: Any, n: int, t: int) -> None:
 
 
 @cold
-def store_factor(A: Any, rank: int, factors: Any, ranks: Any, t: int) -> None:
+def store_factor(A: Any, rank: int, factors: Any, ranks: Any, s: int) -> None:
     """Keep the diffuse factor for the smoother."""
-    ranks[t] = rank
+    ranks[s] = rank
     if rank > 0:
         for i in range(A.shape[0]):
             for j in range(A.shape[1]):
-                factors[t, i, j] = A[i, j]
+                factors[s, i, j] = A[i, j]
 
 
 @glue
-def store_step(w: Any, out: Any, n: int, t: int, last: bool, rank: int, mode: int) -> None:
+def store_step(w: Any, s: int, out: Any, n: int, t: int, last: bool, rank: int, mode: int) -> None:
     """Keep what is asked for of the state after step t."""
     if mode == ALL:
         store_innovations(w.note, out.innovations, out.innov_var, n, t)
@@ -148,7 +148,7 @@ def store_step(w: Any, out: Any, n: int, t: int, last: bool, rank: int, mode: in
         if out.cov_inf.shape[0] > 0:
             store_cov_inf(w.A, rank, out.cov_inf, n, to)
     if mode == SMOOTH:
-        store_factor(w.A, rank, w.factors, w.ranks, t)
+        store_factor(w.A, rank, w.factors, w.ranks, s)
 
 
 @glue
@@ -165,12 +165,21 @@ def predict(w: Any, system: Any, n: int, t: int, rank: int) -> int:
 
 @glue
 def forward(
-    system: Any, x: Any, mask: Any, steps: int, n: int, w: Any, totals: Any, out: Any, mode: int
+    system: Any,
+    x: Any,
+    mask: Any,
+    steps: int,
+    n: int,
+    w: Any,
+    base: int,
+    totals: Any,
+    out: Any,
+    mode: int,
 ) -> None:
-    """Filter series n."""
+    """Filter series n; what the smoother reads goes to the steps from `base` on."""
     R = system.R
     nR = row(R.shape[0], n)
-    diagonal = is_diagonal(R, nR, 0)
+    diagonal = True
     for k in range(totals.shape[0]):
         totals[k, n] = 0.0
     rank = load_prior(w.a, w.P, w.A, system.m0, system.P0, system.Pinf, n)
@@ -179,9 +188,9 @@ def forward(
             rank = predict(w, system, n, t, rank)
         if mode == ALL:
             store_moments(w.a, w.P, out.pred_mean, out.pred_cov, n, t)
-        if R.shape[1] > 1:
+        if t == 0 or R.shape[1] > 1:
             diagonal = is_diagonal(R, nR, t)
-        s = t if mode == SMOOTH else 0
+        s = base + t if mode == SMOOTH else 0
         for i in range(x.shape[2]):
             if mask[n, t, i]:
                 load_element(w, system, x, n, t, s, i)
@@ -192,7 +201,7 @@ def forward(
             else:
                 skip_element(w.note, w.L, w.var, s, i)
         clean(w.P)
-        store_step(w, out, n, t, t == steps - 1, rank, mode)
+        store_step(w, s, out, n, t, t == steps - 1, rank, mode)
     totals[RANK_LEFT, n] = rank
     constant = totals[N_OBS, n] * LOG_2PI
     totals[LOGLIK, n] = -0.5 * (constant + totals[LOGDET, n] + totals[QUAD, n])
@@ -216,6 +225,7 @@ def bind_filter(digest: str) -> Callable[..., None]:
         """Filter series start..stop-1."""
         _ = digest
         for n in range(start, stop):
-            forward(system, x, mask, lengths[n], n, work, totals, out, mode)
+            base = (n - start) * x.shape[1]
+            forward(system, x, mask, lengths[n], n, work, base, totals, out, mode)
 
     return filter_range

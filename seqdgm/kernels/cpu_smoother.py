@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqdgm.kernels.cpu_filter import SMOOTH, forward
 from seqdgm.kernels.cpu_steps import (
     DIFFUSED,
     KIND,
@@ -240,7 +239,15 @@ def any_diffuse(note: Any) -> bool:
 
 @glue
 def backward(
-    system: Any, steps: int, n: int, w: Any, back: Any, mean: Any, cov: Any, lag_one: Any
+    system: Any,
+    steps: int,
+    n: int,
+    w: Any,
+    base: int,
+    back: Any,
+    mean: Any,
+    cov: Any,
+    lag_one: Any,
 ) -> None:
     """Turn the filtered moments of series n into smoothed ones, last step first."""
     F, Q = system.F[row(system.F.shape[0], n)], system.Q[row(system.Q.shape[0], n)]
@@ -249,11 +256,12 @@ def backward(
         fill(back.N[k], 0.0)
     terms = 1
     for t in range(steps - 1, -1, -1):
-        rank = w.ranks[t]
+        s = base + t
+        rank = w.ranks[s]
         # The 1/kappa terms start at the last step that is diffuse or ceases to be.
-        if rank > 0 or any_diffuse(w.note[t]):
+        if rank > 0 or any_diffuse(w.note[s]):
             terms = 3
-        load_moments(cov[n, t], w.factors[t] if rank > 0 else back.X, rank, back.P, back.Pinf)
+        load_moments(cov[n, t], w.factors[s] if rank > 0 else back.X, rank, back.P, back.Pinf)
         if t + 1 < steps:
             pull_transition(back, F[row(F.shape[0], t + 1)], terms)
         smooth_state(back, mean[n, t], cov[n, t], terms)
@@ -261,34 +269,32 @@ def backward(
             F_next, Q_next = F[row(F.shape[0], t + 1)], Q[row(Q.shape[0], t + 1)]
             lag_one_cov(back, F_next, Q_next, cov[n, t], terms, lag_one[n, t])
         for i in range(w.note.shape[1] - 1, -1, -1):
-            kind = w.note[t, i, KIND]
+            kind = w.note[s, i, KIND]
             if kind == DIFFUSED:
-                pull_diffuse(back, w.h[t, i], w.K[t, i], w.K1[t, i], w.note[t, i])
+                pull_diffuse(back, w.h[s, i], w.K[s, i], w.K1[s, i], w.note[s, i])
             elif kind != SKIPPED:
-                v, f = w.note[t, i, V], w.note[t, i, VAR]
-                pull_ordinary(back.r, back.N, back.NK, w.h[t, i], w.K[t, i], v, f, terms)
+                v, f = w.note[s, i, V], w.note[s, i, VAR]
+                pull_ordinary(back.r, back.N, back.NK, w.h[s, i], w.K[s, i], v, f, terms)
 
 
 def bind_smoother(digest: str) -> Callable[..., None]:
-    """The loop of the smoother over a range of series, keyed by a digest of its sources."""
+    """The backward loop over a range of series, keyed by a digest of its sources."""
 
     def smooth_range(
         system: Any,
-        x: Any,
-        mask: Any,
         lengths: Any,
         start: int,
         stop: int,
         work: Any,
-        totals: Any,
-        out: Any,
         back: Any,
+        mean: Any,
+        cov: Any,
         lag_one: Any,
     ) -> None:
-        """Filter and smooth series start..stop-1."""
+        """Smooth series start..stop-1, whose forward passes lie one after another in `work`."""
         _ = digest
         for n in range(start, stop):
-            forward(system, x, mask, lengths[n], n, work, totals, out, SMOOTH)
-            backward(system, lengths[n], n, work, back, out.mean, out.cov, lag_one)
+            base = (n - start) * mean.shape[1]
+            backward(system, lengths[n], n, work, base, back, mean, cov, lag_one)
 
     return smooth_range

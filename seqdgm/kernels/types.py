@@ -15,6 +15,7 @@ is left out, so nothing is ever inverted and a partly missing vector costs nothi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,11 +28,14 @@ Store = Literal["likelihood", "last", "all"]
 # those terms. What falls below is zero: the observation is redundant, or the state known exactly.
 ROUNDING = 1e-13
 # The diffuse part is kept as a factor A, Pinf = A A', so these concern amplitudes (norms of its
-# rows), not variances. A combination that cancels to this fraction of its terms is not diffuse.
-DIFFUSE = 1e-9
+# rows), not variances. A combination that cancels to this fraction of its terms counts as not
+# diffuse: to take it at its word would put 1 / F_inf into the covariance and lose all digits. The
+# first hours of a weekly cycle of a few harmonics are such a case; with this value they cost some
+# 1e-3 nats once, with a much smaller or larger one much more.
+DIFFUSE = 3e-5
 # Each term counts as at least this fraction of the largest row, so that rounding errors in the
-# system itself, a sine of pi of 1e-16, identify nothing. Rows may differ by 14 digits in scale.
-DIFFUSE_SCALE = 1e-5
+# system itself, a sine of pi of 1e-16, identify nothing. Rows may differ by 13 digits in scale.
+DIFFUSE_SCALE = 1e-9
 # A redundant observation must repeat what is known already, up to this relative error.
 CONFLICT = 1e-8
 
@@ -148,6 +152,39 @@ class Smoothed(NamedTuple):
     rank_left: Int[Tensor, "series"]
 
 
+_TAILS: dict[str, tuple[str, ...]] = {
+    "F": ("state", "state"),
+    "Q": ("state", "state"),
+    "H": ("obs", "state"),
+    "R": ("obs", "obs"),
+    "b": ("state",),
+    "d": ("obs",),
+    "m0": ("state",),
+    "P0": ("state", "state"),
+    "Pinf": ("state", "state"),
+}
+_INITIAL = ("m0", "P0", "Pinf")
+
+
+@lru_cache(maxsize=256)  # a filter of a short series takes no longer than these comparisons
+def _check_shapes(n: int, steps: int, obs: int, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse fields whose axes have the wrong length."""
+    if n == 0:
+        raise ValueError("x holds no series")
+    state = shapes[System._fields.index("m0")][-1]
+    width = {"state": state, "obs": obs}
+    for (name, tail), shape in zip(_TAILS.items(), shapes, strict=True):
+        full = (n,) if name in _INITIAL else (n, steps)
+        ending = tuple(width[axis] for axis in tail)
+        shared = all(k in (1, size) for k, size in zip(shape, full, strict=False))
+        if shape[len(full) :] != ending or not shared:
+            raise ValueError(
+                f"{name} has shape {tuple(shape)}; {n} series of {steps} steps, {obs} observed and "
+                f"{state} state elements need {(*full, *ending)}, where the first {len(full)} may "
+                "be 1"
+            )
+
+
 def check_arguments(
     system: System,
     x: Float[Tensor, "series time obs"],
@@ -162,30 +199,8 @@ def check_arguments(
         If an axis has the wrong length, a field is not float64, or a length lies outside 0..T.
     """
     n, steps, obs = x.shape
-    if n == 0:
-        raise ValueError("x holds no series")
-    state = system.m0.shape[-1]
-    trailing = {
-        "F": (state, state),
-        "Q": (state, state),
-        "H": (obs, state),
-        "R": (obs, obs),
-        "b": (state,),
-        "d": (obs,),
-        "m0": (state,),
-        "P0": (state, state),
-        "Pinf": (state, state),
-    }
-    for name, tail in trailing.items():
-        field = getattr(system, name)
-        head = (n,) if name in ("m0", "P0", "Pinf") else (n, steps)
-        fits = field.ndim == len(head) + len(tail) and tuple(field.shape[len(head) :]) == tail
-        if not fits or any(k not in (1, full) for k, full in zip(field.shape, head, strict=False)):
-            raise ValueError(
-                f"{name} has shape {tuple(field.shape)}; {n} series of {steps} steps, {obs} "
-                f"observed and {state} state elements need {(*head, *tail)}, where the first "
-                f"{len(head)} may be 1"
-            )
+    _check_shapes(n, steps, obs, tuple(field.shape for field in system))
+    for name, field in zip(System._fields, system, strict=True):
         if field.dtype != torch.float64:
             raise ValueError(f"{name} is {field.dtype}; convert it with .double()")
     if x.dtype != torch.float64:
@@ -200,5 +215,6 @@ def check_arguments(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it must be torch.int64 "
             f"of shape ({n},)"
         )
-    if int(lengths.min()) < 0 or int(lengths.max()) > steps:
+    shortest, longest = lengths.aminmax()
+    if int(shortest) < 0 or int(longest) > steps:
         raise ValueError(f"lengths must lie between 0 and the {steps} steps of x")
