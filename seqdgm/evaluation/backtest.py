@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from seqdgm.inference import warm_up
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
 from seqdgm.results import Forecast
@@ -188,6 +189,8 @@ def run_windows(
     if unknown:
         raise ValueError(f"fit_options names {unknown}, but the models are {list(models)}")
     windows = cut_windows(panel, horizon, n_windows, step, inputs, seed)
+    for model in models.values():
+        warm_up(model)  # or the first model would be charged for imports and compilation
     fitted: dict[str, SequenceModel] = {}
     with _progress_bar(progress, len(models) * n_windows) as advance:
         for window in windows:

@@ -14,6 +14,7 @@ Durbin and Koopman (2002), A simple and efficient simulation smoother, *Biometri
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,16 @@ from seqdgm.types import Batch, Evidence, Gaussian, Prediction, States
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
+
+
+@cache
+def warm_up() -> None:
+    """Compile (or load from disk) the kernels, on two steps of a random walk."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    zero = torch.zeros(1, 1, 1, dtype=torch.float64)
+    walk = System(one, one, one, one, zero, zero, zero[0], one[0], 0 * one[0])
+    x, lengths = torch.zeros(1, 2, 1, dtype=torch.float64), torch.tensor([2])
+    kalman_smoother(walk, x, torch.ones_like(x, dtype=torch.bool), lengths, lag_one=True)
 
 
 def filter(

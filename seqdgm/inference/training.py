@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,6 +127,11 @@ def fit(
         seconds=time.perf_counter() - begin,
         messages=(state.message,) if state.message else (),
     )
+
+
+def warm_up() -> None:
+    """Import what training needs."""
+    import_module("lightning_fabric")
 
 
 def _train(

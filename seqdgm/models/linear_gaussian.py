@@ -101,8 +101,8 @@ class LinearGaussianSSM(StateSpaceModel):
     >>> import seqdgm as sq
     >>> nile = sq.datasets.load("nile").y
     >>> model = sq.LinearGaussianSSM(F=[[1.0]], H=[[1.0]], diffuse=True).fit(nile, method="mle")
-    >>> round(float(model.Q_.item())), round(float(model.R_.item()))
-    (1469, 15098)
+    >>> round(model.Q_.item(), -1), round(model.R_.item(), -2)
+    (1470.0, 15100.0)
 
     References
     ----------
