@@ -318,6 +318,7 @@ class SequenceModel(nn.Module):
             self, batch, horizon=horizon, n_particles=n_samples, generator=generator
         )
         index = panel.future_index(horizon)
+        score_seed = draw_seed(generator)
         observations = prediction.observations
 
         def draw(n: int, seed: int | None) -> np.ndarray:
@@ -325,7 +326,7 @@ class SequenceModel(nn.Module):
 
         def score(y_future: Any) -> LogProb:
             return self._continuation_log_prob(
-                panel, batch.u, y_future, method, n_samples, generator
+                panel, batch.u, y_future, method, n_samples, score_seed
             )
 
         return Forecast(
@@ -501,7 +502,7 @@ class SequenceModel(nn.Module):
         y_future: Any,
         method: str,
         n_particles: int,
-        generator: torch.Generator,
+        seed: int,
     ) -> LogProb:
         """log p(y_future | history): the evidence of the joint steps after the history."""
         from seqdgm.inference import find_engine
@@ -521,7 +522,7 @@ class SequenceModel(nn.Module):
             self,
             full,
             n_particles=n_particles,
-            generator=make_generator(draw_seed(generator), self.device),
+            generator=make_generator(seed, self.device),
             start=torch.from_numpy(panel.lengths.copy()).to(self.device),
         )
         jacobian = log_jacobian(whole, transform, panel.lengths)
