@@ -18,6 +18,9 @@ from seqdgm.panel import Panel, align_inputs
 from seqdgm.prepare import (
     check_inputs,
     check_lengths,
+    check_observed,
+    given_transform,
+    input_names,
     log_jacobian,
     make_batch,
     match_rows,
@@ -62,6 +65,7 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.obs_dim_: int | None = None
         self.input_dim_: int = 0
+        self.input_columns_: tuple[str, ...] | None = None
         self.build_options_: dict[str, Any] = {}
         self.data_: Panel | None = None
         self.inputs_: np.ndarray | None = None
@@ -142,6 +146,10 @@ class SequenceModel(nn.Module):
         """Names of the series that have parameters of their own, or None where all share them."""
         return None
 
+    def input_width(self) -> int | None:
+        """Columns of inputs the model needs; None where any number will do."""
+        return self.input_dim_ if self.fit_report_ is not None else None
+
     def estimates(self) -> dict[str, float]:
         """Named estimates of a single fitted series, for `summary`."""
         return {}
@@ -205,11 +213,13 @@ class SequenceModel(nn.Module):
         generator = make_generator(seed)
         draft = self._blank()
         draft.obs_dim_, draft.input_dim_ = panel.n_dims, u.shape[2]
+        draft.input_columns_ = input_names(inputs)
         draft.build_options_ = self.build_options(panel)
         with seeded(generator):
             draft.build(panel.n_dims, u.shape[2], **draft.build_options_)
         draft.check_data(panel)
         pooled = bool(options.get("pooled", not self.per_series))
+        check_observed(panel, pooled=pooled)
         draft.transform_ = fit_transform(
             panel, self.transform, self.effective_scale(), pooled=pooled
         )
@@ -355,7 +365,7 @@ class SequenceModel(nn.Module):
         rows = [k for k in range(1 if own is None else len(own)) for _ in range(n)]
         blank = Panel.of(np.zeros((len(rows), length, 1)))
         u = align_inputs(blank, inputs)
-        check_inputs(self, u)
+        check_inputs(self, u, inputs)
         engine = find_engine(self, "auto", "sample")
         x = engine.sample(
             self,
@@ -363,7 +373,7 @@ class SequenceModel(nn.Module):
             torch.tensor(rows, device=self.device),
             make_generator(seed, self.device),
         )
-        transform = (self.transform_ or Transform.identity(x.shape[2])).select(rows)
+        transform = (self.transform_ or given_transform(self, x.shape[2])).select(rows)
         values = _numpy(transform.inverse(x.double()))
         return Panel.of(values)
 
@@ -408,7 +418,7 @@ class SequenceModel(nn.Module):
         data = self.data_.append(y_new)
         new = _after(data, self.data_.lengths)
         u_new = align_inputs(new, inputs)
-        check_inputs(self, u_new)
+        check_inputs(self, u_new, inputs)
         self.check_data(new)
         assert self.inputs_ is not None
         u = np.zeros((data.n_series, data.n_steps, u_new.shape[2]))
@@ -546,4 +556,4 @@ def _after(panel: Panel, lengths: np.ndarray) -> Panel:
     for k, (old, more) in enumerate(zip(lengths, added, strict=True)):
         values[k, :more] = panel.values[k, old : old + more]
     index = tuple(stamps[old:] for stamps, old in zip(panel.index, lengths, strict=True))
-    return Panel(values, added, panel.ids, panel.columns, index, "panel")
+    return panel.span(values, added, index)

@@ -356,7 +356,7 @@ class Panel:
         values[:, : self.n_steps] = self.values
         series, step = row_places(new.lengths)
         values[series, step + self.lengths[series]] = new.values[series, step][:, dims]
-        return self._with(_frozen(values), lengths, tuple(index))
+        return self.span(_frozen(values), lengths, tuple(index))
 
     def split(self, horizon: int) -> tuple[Panel, Panel]:
         """Cut the last `horizon` steps of each series off: (head, tail)."""
@@ -376,10 +376,8 @@ class Panel:
             cuts[id(index), cut] = (index[:cut], index[cut:])
         pairs = [cuts[id(i), cut] for i, cut in zip(self.index, keep.tolist(), strict=True)]
         return (
-            self._with(head, keep, tuple(pair[0] for pair in pairs)),
-            self._with(
-                _frozen(tail), np.full_like(keep, horizon), tuple(pair[1] for pair in pairs)
-            ),
+            self.span(head, keep, tuple(pair[0] for pair in pairs)),
+            self.span(_frozen(tail), np.full_like(keep, horizon), tuple(pair[1] for pair in pairs)),
         )
 
     def select(self, rows: Sequence[int]) -> Panel:
@@ -404,7 +402,7 @@ class Panel:
             _form=form,
         )
 
-    def _with(self, values: _Array, lengths: _Array, index: tuple[pd.Index, ...]) -> Panel:
+    def span(self, values: _Array, lengths: _Array, index: tuple[pd.Index, ...]) -> Panel:
         """Return the same series over another span of time."""
         form = dataclasses.replace(self._form, rows=None, row_labels=None)
         return dataclasses.replace(self, values=values, lengths=lengths, index=index, _form=form)

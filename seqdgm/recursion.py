@@ -131,4 +131,6 @@ class StateSpaceModel(SequenceModel):
     @property
     def markov(self) -> bool:
         """Whether z alone is the state, so that backward simulation applies."""
-        return type(self).advance is StateSpaceModel.advance
+        own, plain = type(self), StateSpaceModel
+        names = ("advance", "absorb", "prior", "report")
+        return all(getattr(own, name) is getattr(plain, name) for name in names)

@@ -33,7 +33,7 @@ class LogProb:
         ``"lower bound"``: evidence lower bound.
     stderr : ndarray of shape (series,)
         Standard error of `value` (0 where exact; inf where a particle filter cannot tell because
-        all particles share one ancestor).
+        all particles share one ancestor; NaN for a forecast's log score by particles).
 
     Examples
     --------

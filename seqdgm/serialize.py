@@ -43,6 +43,7 @@ def save(model: SequenceModel, path: str | Path) -> None:
         "params": _store(model.get_params(), "params", tensors),
         "obs_dim": model.obs_dim_,
         "input_dim": model.input_dim_,
+        "input_columns": model.input_columns_,
         "build_options": model.build_options_,
         "state": _store(model.extra_state(), "state", tensors),
         "report": None,
@@ -109,6 +110,8 @@ def load(
         )
     model = _find_class(config["class"], model_class)(**_restore(config["params"], tensors))
     model.obs_dim_, model.input_dim_ = config["obs_dim"], config["input_dim"]
+    columns = config["input_columns"]
+    model.input_columns_ = None if columns is None else tuple(columns)
     model.build_options_ = config["build_options"]
     if config["report"] is not None:
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away

@@ -186,23 +186,24 @@ class Samples:
 
     def data_mean(self, transform: Transform) -> Tensor:
         """Mean in data units."""
-        return transform.inverse(self.x).mean(1)
+        return transform.inverse(self.x.double()).mean(1)
 
     def data_quantiles(self, transform: Transform, q: Float[Tensor, "q"]) -> Tensor:
         """Marginal quantiles in data units; values that occur, for integer data."""
-        x = transform.inverse(self.x).double().cpu().numpy()
+        x = transform.inverse(self.x.double()).cpu().numpy()
         integer = bool((x == np.round(x)).all())
         rule: Any = "inverted_cdf" if integer else "linear"
         return torch.from_numpy(np.quantile(x, q.cpu().numpy(), axis=1, method=rule))
 
     def data_draw(self, transform: Transform, n: int, generator: torch.Generator) -> Tensor:
-        """The first `n` trajectories in data units."""
+        """`n` of the trajectories held, in data units and in random order."""
         if n > self.x.shape[1]:
             raise ValueError(
                 f"this forecast holds {self.x.shape[1]} trajectories, {n} were asked for; call "
                 f"forecast(..., n_samples={n})"
             )
-        return transform.inverse(self.x[:, :n])
+        order = torch.randperm(self.x.shape[1], generator=generator, device=generator.device)
+        return transform.inverse(self.x[:, order[:n]].double())
 
 
 class Prediction(NamedTuple):

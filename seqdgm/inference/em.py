@@ -82,7 +82,9 @@ def fit(
         system = matrices.system(batch.u[:, : batch.n_steps], model.diffuse_mask)
         smoothed = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=True)
         now = smoothed.loglik.sum(0, keepdim=True) if pooled else smoothed.loglik
-        failed = failed | (~torch.isfinite(now) & ~done)
+        # EM cannot lower the likelihood: where it does, rounding has taken over.
+        worse = now < value - 1e-6 * (1 + value.abs())
+        failed = failed | ((~torch.isfinite(now) | worse) & ~done)
         moving = ~done & ~failed
         # A series that has converged or failed keeps what it has, whatever its company does.
         best = _where(moving, matrices, best)
@@ -272,6 +274,6 @@ def _where(chosen: Bool[Tensor, "sys"], new: Matrices, old: Matrices) -> Matrice
 
 def _blame(name: object) -> str:
     return (
-        f"series {name!r}: the log-likelihood was not finite; the update was not applied. Scale "
-        "the data (scale='standard') or use a smaller latent_dim"
+        f"series {name!r}: the log-likelihood was not finite, or fell; the update was not applied. "
+        "Scale the data (scale='standard') or use a smaller latent_dim"
     )

@@ -58,6 +58,7 @@ def smooth(
     """Exact smoothing moments, and joint draws by the simulation smoother."""
     system = _system(model, batch)
     out = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=False)
+    _check_proper(out.rank_left, batch)
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         return simulation_smoother(system, batch, out.mean, n, generator)
@@ -140,6 +141,7 @@ def impute(
     """
     system = _system(model, batch)
     out = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=False)
+    _check_proper(out.rank_left, batch)
     load, offset, noise = conditional_emission(system, batch)
     mean = (load @ out.mean[..., None])[..., 0] + offset
     variance = torch.diagonal(load @ out.cov @ load.mT + noise, dim1=-2, dim2=-1)
@@ -169,8 +171,7 @@ def conditional_emission(
     # Unobserved rows become identity rows, so one solve serves every pattern of missing elements.
     block = system.R * observed + eye * (1 - m)[..., None]
     cross = system.R * (1 - m)[..., :, None] * m[..., None, :]
-    jitter = eye * (torch.diagonal(block, dim1=-2, dim2=-1) == 0)[..., None]
-    gain = torch.linalg.solve(block + jitter, cross.mT).mT
+    gain = cross @ torch.linalg.pinv(block, hermitian=True)
     miss = (1 - m)[..., None]
     load = miss * system.H - gain @ system.H
     residual = m * (batch.x - system.d)
@@ -273,9 +274,9 @@ def _check_proper(rank_left: Int[Tensor, "series"], batch: Batch) -> None:
     if len(left):
         k = int(left[0, 0])
         raise ValueError(
-            f"series {batch.ids[k]!r} is too short to forecast: {int(rank_left[k])} diffuse state "
-            "elements are still undetermined at its end; give more observations or a proper "
-            "initial distribution"
+            f"series {batch.ids[k]!r} has too few observations: {int(rank_left[k])} diffuse "
+            "elements of its state stay undetermined; give more observations, or a model with a "
+            "proper initial distribution"
         )
 
 

@@ -122,7 +122,9 @@ def log_prob(
         return Evidence(value, "exact", torch.zeros_like(value))
     out = smc.run(model, batch, SMCOptions(n_particles), generator)
     value = torch.where(counted, out.increments, 0.0).sum(1)
-    return Evidence(value, "estimate", out.stderr)
+    # The error of the whole evidence says little of a part of it, whose own is not estimated.
+    stderr = out.stderr if start is None else torch.full_like(out.stderr, torch.nan)
+    return Evidence(value, "estimate", stderr)
 
 
 def smooth(
@@ -204,7 +206,11 @@ def sample(
         for t in range(u.shape[1]):
             known = Inputs(u[:, t], torch.tensor(t, device=u.device))
             if model.feedback and x is None:
-                assert model.obs_dim_ is not None
+                if model.obs_dim_ is None:
+                    raise ValueError(
+                        f"{type(model).__name__} feeds observations back, but their width is not "
+                        "known; set obs_dim_ in __init__ or call fit(y) first"
+                    )
                 x = u.new_zeros(n, model.obs_dim_)
             h = model.advance(
                 s, model.embed(x) if model.feedback and x is not None else None, known

@@ -198,7 +198,7 @@ def _validate(
 ) -> None:
     """Score the held-out tail and remember the best weights (the last ones without a tail)."""
     t = torch.arange(batch.n_steps, device=batch.x.device)
-    tail = batch.valid & (t[None] >= cut[:, None])
+    tail = batch.mask.any(-1) & (t[None] >= cut[:, None])
     if bool(tail.any()):
         objective.eval()
         # The same noise at every epoch, so that epochs differ by their weights alone.
@@ -228,12 +228,15 @@ def _split(batch: Batch, fraction: float) -> tuple[Batch, Int[Tensor, "series"]]
     """Cut the tail of every series off for validation (series of under ten steps stay whole)."""
     if not 0 <= fraction < 1:
         raise ValueError(f"valid_fraction={fraction!r} must lie in [0, 1)")
+    t = torch.arange(batch.n_steps, device=batch.x.device)
+    # Counted from the last observation: a tail without any would decide by nothing.
+    last = (batch.mask.any(-1) * (t + 1)).amax(1)
     held = torch.where(
         batch.lengths >= 10,
         (batch.lengths * fraction).ceil().long(),
         torch.zeros_like(batch.lengths),
     )
-    cut = batch.lengths - held
+    cut = (last - held).clamp_min(1)
     inside = torch.arange(batch.n_steps, device=cut.device)[None] < cut[:, None]
     head = replace(batch, mask=batch.mask & inside[..., None], lengths=cut)
     return _trim(head), cut

@@ -43,6 +43,11 @@ class DeepModel(StateSpaceModel):
         **training: float,
     ) -> None:
         """Store the hyperparameters that all deep models have."""
+        if transform is not None and not HEADS[emission].real_valued:
+            raise ValueError(
+                f"transform={transform!r} would take {emission!r} data off their support; use "
+                "transform=None"
+            )
         if season is not None and (int(season) != season or season < 2):
             raise ValueError(f"season={season!r} must be a whole number of steps, at least 2")
         self.season = season

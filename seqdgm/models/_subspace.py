@@ -33,7 +33,8 @@ def starting_values(
     stacked = np.concatenate(windows, axis=1)
     left, strength, _ = np.linalg.svd(stacked, full_matrices=False)
     rank = min(latent_dim, left.shape[1])
-    scale = np.sqrt(stacked.shape[1]) / np.maximum(strength[:rank], 1e-8 * max(strength[0], 1e-300))
+    weak = strength[:rank] <= 1e-8 * max(strength[0], 1e-8)
+    scale = np.where(weak, 0.0, np.sqrt(stacked.shape[1]) / np.where(weak, 1.0, strength[:rank]))
     states = []
     for window in windows:
         z = np.full((window.shape[1], latent_dim), 0.0)

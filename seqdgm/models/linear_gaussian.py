@@ -169,6 +169,8 @@ class LinearGaussianSSM(StateSpaceModel):
 
     def set_matrices(self, matrices: Matrices, ids: tuple[Any, ...] | None) -> None:
         """Take parameters over; `ids` names the series if each has its own."""
+        if not self.free:
+            matrices = Matrices(*(field[:1] for field in matrices))
         for name, value in zip(NAMES, matrices, strict=True):
             setattr(self, f"{name}_", value.contiguous())
         self._ids = ids if ids is not None and len(matrices.F) > 1 else None
@@ -192,6 +194,10 @@ class LinearGaussianSSM(StateSpaceModel):
         """Take the names over."""
         self._ids = state["ids"]
 
+    def input_width(self) -> int | None:
+        """Columns of inputs, known from the matrices where all are given."""
+        return self._n_given_inputs() if not self.free else super().input_width()
+
     def fitted_ids(self) -> tuple[Any, ...] | None:
         """Names of the series that have matrices of their own."""
         return self._ids
@@ -206,6 +212,11 @@ class LinearGaussianSSM(StateSpaceModel):
 
     def build(self, obs_dim: int, input_dim: int, **options: Any) -> None:
         """Refuse inputs that no matrix would use."""
+        if not {"B", "D"} & self.free and self._n_given_inputs() != input_dim:
+            raise ValueError(
+                f"B and D take {self._n_given_inputs()} input columns, but got {input_dim}; pass "
+                "inputs= with one column for each"
+            )
         used = {"B", "D"} & (self.free | self._given.keys())
         if input_dim and not used:
             raise ValueError(
@@ -420,7 +431,7 @@ def _pack(matrices: Matrices, names: list[str]) -> Float[Tensor, "sys free"]:
             parts.append(torch.cat([log_diag, root[:, low[0], low[1]]], 1))
         else:
             parts.append(value.flatten(1))
-    return torch.cat(parts, 1)
+    return torch.cat([matrices.F.new_zeros(len(matrices.F), 0), *parts], 1)
 
 
 def _unpack(
@@ -441,7 +452,7 @@ def _unpack(
             changed[name] = root @ root.mT
         else:
             size = like[0].numel()
-            changed[name] = theta[:, at : at + size].reshape(-1, *like.shape[1:])
+            changed[name] = theta[:, at : at + size].reshape(len(theta), *like.shape[1:])
             at += size
     full = {
         name: changed.get(

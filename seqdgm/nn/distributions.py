@@ -354,6 +354,7 @@ def _condition(
     residual = torch.where(mask, torch.where(mask, x, 0.0) - drawn, 0.0)
     # The gain is small where particles share a covariance; the product broadcasts without copies.
     gain = torch.cholesky_solve(covariance, factor)
+    residual = residual.to(gain.dtype)
     return drawn + torch.einsum("...ji,...j->...i", gain, residual)
 
 
