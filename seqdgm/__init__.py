@@ -30,6 +30,7 @@ _HOME = {
     "ARIMA": "seqdgm.models.arima",
     "SeasonalNaive": "seqdgm.models.arima",
     "LinearGaussianSSM": "seqdgm.models.linear_gaussian",
+    "StructuralSSM": "seqdgm.models.structural",
     "RNN": "seqdgm.models.rnn",
     "DMM": "seqdgm.models.dmm",
     "load": "seqdgm.serialize",
@@ -53,6 +54,7 @@ __all__ = [
     "SequenceModel",
     "StatePosterior",
     "StateSpaceModel",
+    "StructuralSSM",
     "backtest",
     "compare",
     "datasets",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from seqdgm.models.dmm import DMM
     from seqdgm.models.linear_gaussian import LinearGaussianSSM
     from seqdgm.models.rnn import RNN
+    from seqdgm.models.structural import StructuralSSM
     from seqdgm.panel import Panel
     from seqdgm.recursion import StateSpaceModel
     from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior

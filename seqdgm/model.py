@@ -29,7 +29,7 @@ from seqdgm.prepare import (
 )
 from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
 from seqdgm.transform import Transform, check_positive, fit_transform
-from seqdgm.types import Batch, States, draw_seed, make_generator, seeded
+from seqdgm.types import Batch, States, check_count, draw_seed, make_generator, seeded
 
 Seed = int | torch.Generator | None
 
@@ -282,6 +282,7 @@ class SequenceModel(nn.Module):
         """Log-likelihood of each series in nats, in the data's own units; see `LogProb`."""
         from seqdgm.inference import find_engine
 
+        check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
         engine = find_engine(self, method, "log_prob")
         evidence = engine.log_prob(
@@ -318,8 +319,8 @@ class SequenceModel(nn.Module):
         """
         from seqdgm.inference import find_engine
 
-        if int(horizon) != horizon or horizon < 1:
-            raise ValueError(f"horizon={horizon!r} must be a whole number of steps, at least 1")
+        check_count("horizon", horizon)
+        check_count("n_samples", n_samples)
         horizon = int(horizon)
         panel, batch, transform = self._prepare(y, inputs, horizon)
         engine = find_engine(self, method, "forecast")
@@ -358,8 +359,8 @@ class SequenceModel(nn.Module):
         """
         from seqdgm.inference import find_engine
 
-        if length < 1 or n < 1:
-            raise ValueError(f"length={length!r} and n={n!r} must be at least 1")
+        check_count("length", length)
+        check_count("n", n)
         self._check_ready()
         own = self.fitted_ids()
         rows = [k for k in range(1 if own is None else len(own)) for _ in range(n)]
@@ -395,6 +396,7 @@ class SequenceModel(nn.Module):
         """
         from seqdgm.inference import find_engine
 
+        check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
         engine = find_engine(self, method, "impute")
         filled = engine.impute(
@@ -467,6 +469,7 @@ class SequenceModel(nn.Module):
     ) -> StatePosterior:
         from seqdgm.inference import find_engine
 
+        check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
         engine = find_engine(self, method, verb)
         states = getattr(engine, verb)(

@@ -213,6 +213,12 @@ class Prediction(NamedTuple):
     states: States
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise a ValueError unless the value is a whole number, at least 1."""
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
 def make_generator(
     seed: int | torch.Generator | None, device: torch.device | str = "cpu"
 ) -> torch.Generator:

@@ -204,3 +204,23 @@ def test_what_cannot_be_learned_is_refused() -> None:
     three = sq.ARIMA((1, 0, 0)).fit(RNG.normal(size=(3, 40, 1)))
     with pytest.raises(ValueError, match="without names"):
         three.forecast(1, RNG.normal(size=40))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.forecast(0),
+        lambda m: m.forecast(2, n_samples=0),
+        lambda m: m.filter(n_particles=-1),
+        lambda m: m.log_prob(n_particles=2.5),
+        lambda m: m.sample(0),
+        lambda m: m.clone().fit(Y, batch_size=0),
+        lambda m: m.clone().fit(Y, clip=-1.0),
+        lambda m: sq.LinearGaussianSSM(latent_dim=1).fit(Y, max_iter=0),
+        lambda m: regression().fit(Y, max_iter=0),
+    ],
+)
+def test_counts_are_checked(call) -> None:
+    model = sq.RNN("gru", 4, max_epochs=1).fit(Y[:20], seed=0)
+    with pytest.raises(ValueError, match="must be"):
+        call(model)

@@ -25,7 +25,7 @@ from seqdgm.inference.kalman import conditional_emission
 from seqdgm.kernels import kalman_smoother
 from seqdgm.kernels.types import Smoothed, System
 from seqdgm.results import FitReport
-from seqdgm.types import Batch
+from seqdgm.types import Batch, check_count
 
 if TYPE_CHECKING:
     from seqdgm.models.linear_gaussian import LinearGaussianSSM, Matrices
@@ -73,6 +73,7 @@ def fit(
         Share the parameters over the series instead of fitting each on its own.
     """
     begin = time.perf_counter()
+    check_count("max_iter", max_iter)
     matrices = model.starting_matrices(batch, pooled=pooled)
     names = ("the pooled series",) if pooled else batch.ids
     value = torch.full((len(names),), -torch.inf, dtype=torch.float64)

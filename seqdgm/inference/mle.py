@@ -14,7 +14,7 @@ from seqdgm.inference.quasi_newton import maximise
 from seqdgm.kernels import kalman_filter
 from seqdgm.kernels.types import System
 from seqdgm.results import FitReport
-from seqdgm.types import Batch
+from seqdgm.types import Batch, check_count
 
 CHUNK = 2**24  # observations held at once for one evaluation of all parameter rows (128 MB)
 
@@ -88,6 +88,7 @@ def fit(
         If no series has a finite likelihood at its starting values.
     """
     begin = time.perf_counter()
+    check_count("max_iter", max_iter)
     starts = model.free_start(batch, pooled=pooled)
     n_sys = starts.shape[1]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seqdgm.inference.variational import bound
 from seqdgm.results import FitReport
-from seqdgm.types import Batch, draw_seed, seeded
+from seqdgm.types import Batch, check_count, draw_seed, seeded
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -104,6 +104,12 @@ def fit(
         For an unknown option, or if not even the first epoch gave a finite objective.
     """
     opts = _options(model, options)
+    for name in ("max_epochs", "batch_size", "patience"):
+        check_count(name, getattr(opts, name))
+    if opts.learning_rate <= 0 or opts.clip <= 0:
+        raise ValueError(
+            f"learning_rate={opts.learning_rate!r} and clip={opts.clip!r} must be positive"
+        )
     begin = time.perf_counter()
     head, cut = _split(batch, opts.valid_fraction)
     rng = torch.Generator(device=batch.x.device).manual_seed(draw_seed(generator))
