@@ -289,8 +289,9 @@ def read_table(y: pd.Series | pd.DataFrame, name: str) -> Table:
     if len(y) == 0:
         raise ValueError(f"{name} is empty: it has no rows; pass at least one observation")
     if isinstance(y, pd.Series):
-        values = _numeric_columns(y.to_frame("y" if y.name is None else y.name), name)
         label, series = ("y", 0) if y.name is None else (str(y.name), y.name)
+        _refuse_text(y.dtype, label, y.iloc[0], name)
+        values = y.to_numpy(dtype=np.float64, na_value=np.nan, copy=True)[:, None]
         form, rows = Form(name=y.name), np.zeros(len(y), dtype=int)
         return _sorted_table(values, (series,), (label,), y.index, rows, "series", form, name)
     missing = {"unique_id", "ds"} - set(y.columns)
@@ -339,13 +340,17 @@ def _column_names(labels: pd.Index, name: str) -> tuple[str, ...]:
 
 def _numeric_columns(frame: pd.DataFrame, name: str) -> np.ndarray:
     for place, (label, dtype) in enumerate(frame.dtypes.items()):
-        numeric = pd.api.types.is_numeric_dtype(dtype)
-        if not numeric or pd.api.types.is_complex_dtype(dtype):
-            raise ValueError(
-                f"{name}: column {str(label)!r} is not made of real numbers (dtype {dtype}, first "
-                f"value {frame.iloc[0, place]!r}); convert it with pd.to_numeric, or drop it"
-            )
+        _refuse_text(dtype, str(label), frame.iloc[0, place], name)
     return frame.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _refuse_text(dtype: Any, label: str, first: Any, name: str) -> None:
+    numeric = pd.api.types.is_numeric_dtype(dtype)
+    if not numeric or pd.api.types.is_complex_dtype(dtype):
+        raise ValueError(
+            f"{name}: column {label!r} is not made of real numbers (dtype {dtype}, first value "
+            f"{first!r}); convert it with pd.to_numeric, or drop it"
+        )
 
 
 def _sorted_table(

@@ -258,7 +258,9 @@ def place_rows(
     """
     grid = complete_grid(stamps)
     if len(lengths) == 1:
-        return [grid], np.zeros(len(codes), int) if grid is None else grid.get_indexer(stamps)
+        if grid is None or grid is stamps:
+            return [grid], np.zeros(len(codes), int) if grid is None else codes
+        return [grid], grid.get_indexer(stamps)
     ends = np.cumsum(lengths)
     starts = ends - lengths
     index: list[pd.Index | None] = [None] * len(lengths)

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -112,9 +113,8 @@ class SequenceModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the model's parameters (the CPU for a model without any)."""
-        for tensor in [*self.parameters(), *self.buffers()]:
-            return tensor.device
-        return torch.device("cpu")
+        tensor = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     # -- what a subclass may say ----------------------------------------------------------------
 

@@ -242,10 +242,18 @@ def draw_seed(generator: torch.Generator) -> int:
 def seeded(generator: torch.Generator) -> Iterator[None]:
     """Run code that insists on torch's global generators, and put them back as they were."""
     seed = draw_seed(generator)
-    devices = [generator.device] if generator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    shared = [torch.default_generator]
+    if generator.device.type == "cuda":
+        torch.cuda.init()
+        shared.append(torch.cuda.default_generators[generator.device.index or 0])
+    states = [used.get_state() for used in shared]
+    try:
+        for used in shared:
+            used.manual_seed(seed)
         yield
+    finally:
+        for used, state in zip(shared, states, strict=True):
+            used.set_state(state)
 
 
 def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
