@@ -328,22 +328,45 @@ def duration(seconds: float) -> str:
     return f"{float(f'{seconds / 1e-9:.3g}'):g} ns"
 
 
+def tabulate(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_table(
+    name: str,
+    about: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    where: Mapping[str, Any],
+    folder: Path = RESULTS,
+) -> None:
+    """Keep a table that is no comparison of contenders as the result of a script."""
+    record = {"name": name, "about": about, **where, "columns": columns, "rows": rows}
+    _write(record, folder)
+
+
+def _write(record: Mapping[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    (folder / f"{record['name']}.json").write_text(text, encoding="utf-8")
+
+
 def as_markdown(tasks: Sequence[Mapping[str, Any]]) -> str:
     """The results of a script as one table."""
-    lines = [
-        "| work | by | median (min to max) | ratio to best peer (min to max) | first call |",
-        "|---|---|---|---|---|",
-    ]
+    columns = ("work", "by", "median (min to max)", "ratio to best peer (min to max)", "first call")
+    lines: list[list[str]] = []
     for task in tasks:
         title = task["title"]
         for row in sorted(task["contenders"], key=lambda r: r["package"] != "seqdgm"):
             spread = f"{duration(row['min_seconds'])} to {duration(row['max_seconds'])}"
             cells = [title, row["name"], f"{duration(row['median_seconds'])} ({spread})"]
             cells += [_ratio(row, task), duration(row["first_seconds"])]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(cells)
             title = ""
-        lines += [f"| | {name} | not installed | | |" for name in task["not_installed"]]
-    return "\n".join(lines)
+        lines += [["", name, "not installed", "", ""] for name in task["not_installed"]]
+    return tabulate(columns, lines)
 
 
 def _ratio(row: Mapping[str, Any], task: Mapping[str, Any]) -> str:
@@ -381,9 +404,7 @@ def main(
     folder = options.output or (RESULTS if complete else None)
     if folder is not None:
         record = {"name": name, "sizes": asdict(sizes), **environment(), "tasks": results}
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        _write(record, folder)
     if failures:
         sys.exit("\n".join(failures))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _harness import RESULTS, as_markdown
+from _harness import RESULTS, as_markdown, tabulate
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -18,7 +18,8 @@ def describe(record: Mapping[str, Any]) -> str:
     """Where and with what a record was measured."""
     threads = ", ".join(f"{name} {count}" for name, count in record["threads"].items())
     versions = record["versions"]
-    peers = {row["package"] for task in record["tasks"] for row in task["contenders"]}
+    tasks = record.get("tasks", ())
+    peers = {row["package"] for task in tasks for row in task["contenders"]}
     shown = sorted(name for name in {*peers, "numpy", "numba", "torch"} if name in versions)
     return (
         f"{record['date']}; {record['cpu']}, {record['cores']} cores; threads: {threads}; Python "
@@ -26,11 +27,20 @@ def describe(record: Mapping[str, Any]) -> str:
     )
 
 
+def section(record: Mapping[str, Any]) -> str:
+    """Heading, circumstances and table of one script."""
+    if "tasks" in record:
+        head, body = describe(record), as_markdown(record["tasks"])
+    else:
+        head = f"{record['about']} {describe(record)}"
+        body = tabulate(record["columns"], record["rows"])
+    return f"### {record['name']}\n\n{head}\n\n{body}"
+
+
 def tables(folder: Path) -> str:
     """One section for each result file."""
     records = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    parts = [f"### {r['name']}\n\n{describe(r)}\n\n{as_markdown(r['tasks'])}" for r in records]
-    return "\n\n".join(parts) or "Nothing has been measured yet: run `make bench`."
+    return "\n\n".join(map(section, records)) or "Nothing has been measured yet: run `make bench`."
 
 
 def main() -> None:
