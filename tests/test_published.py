@@ -36,7 +36,7 @@ def test_airline() -> None:
 
 
 def test_mauna_loa() -> None:
-    """R's `arima(co2, c(0, 1, 1), c(0, 1, 1))` prints -0.3501 and -0.8506 for Keeling and Whorf's data.
+    """R's `arima(co2, c(0, 1, 1), c(0, 1, 1))` prints -0.3501 and -0.8506 (Keeling and Whorf).
 
     That series holds monthly means that were adjusted and interpolated; these come from the weekly
     ones with gaps, so they agree as far as the standard errors (0.0496 and 0.0257) go.
