@@ -120,22 +120,22 @@ def maximise(
     theta, size = _validated(start, step)
     limits = Limits(max_iter, gradient_tol, value_tol)
     search = make_search(*theta.shape, max_iter)
-    search.theta[:], search.size[:] = theta, size
+    search.table[:, cpu_search.THETA], search.table[:, cpu_search.SIZE] = theta, size
     _follow(objective, search, limits)
     return optimum(search, max_iter)
 
 
 def _follow(objective: Objective, search: Search, limits: Limits) -> None:
     """Answer all searches together until the last one ends."""
-    begin, tell = _compiled()
-    counts = np.empty(len(search.theta), np.int64)
-    begin(search, counts)
-    rows = np.arange(len(counts))
-    slots = np.arange(search.points.shape[1])
+    tell = _compiled()
+    rows, counts = np.arange(len(search.note)), np.zeros(len(search.note), np.int64)
+    points = search.table[:, cpu_search.INVERSE + search.table.shape[2] :]
+    slots = np.arange(points.shape[1])
+    tell(search, rows, counts, np.empty(0), limits)
     while len(rows):
-        asked = slots < counts[rows, None]
         owners = np.repeat(rows, counts[rows])
-        values = np.asarray(objective(search.points[rows][asked], owners), dtype=np.float64)
+        asked = points[rows][slots < counts[rows, None]]
+        values = np.asarray(objective(asked, owners), dtype=np.float64)
         if values.shape != owners.shape:
             raise ValueError(
                 f"the objective returned shape {values.shape} for {len(owners)} parameter rows; "
@@ -152,9 +152,9 @@ def optimum(search: Search, max_iter: int) -> Optimum:
     for row in range(1, len(trace)):
         trace[row] = np.where(n_iter >= row, trace[row], trace[row - 1])
     return Optimum(
-        search.theta,
-        search.value,
-        search.gradient,
+        search.table[:, cpu_search.THETA],
+        search.number[:, cpu_search.VALUE],
+        search.table[:, cpu_search.GRADIENT],
         ends == cpu_search.CONVERGED,
         n_iter,
         int(search.note[:, cpu_search.N_EVALUATIONS].sum()),
@@ -164,10 +164,9 @@ def optimum(search: Search, max_iter: int) -> Optimum:
 
 
 @cache
-def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """The compiled steps of the searches, cached on disk and keyed by their sources."""
-    key = digest(cpu_steps, cpu_search)
-    return compiled(cpu_search.bind_begin(key)), compiled(cpu_search.bind_tell(key))
+def _compiled() -> Callable[..., None]:
+    """The compiled step of the searches, cached on disk and keyed by its sources."""
+    return compiled(cpu_search.bind_tell(digest(cpu_steps, cpu_search)))
 
 
 def warm_up() -> None:

@@ -3,6 +3,8 @@
 Nothing here evaluates an objective. :func:`advance` takes the values at the points that it asked
 for last, and leaves the points that it wants next; 0 points end the search. So one search serves
 objectives in Python, for all series at once, and compiled ones, a series at a time in a thread.
+
+All state lies in four arrays, because the time to compile a function grows with their number.
 """
 
 from __future__ import annotations
@@ -21,10 +23,18 @@ _ARMIJO = 1e-4
 _MAX_HALVINGS = 30
 _LONGEST = 1.0  # longest move of one parameter in one iteration, in units of its size
 
-# Integer state of a series.
+# Rows of the table of a series: best parameters, their typical sizes, gradient and second
+# derivatives there, direction of the line search, last move, gradient before it. The inverse of
+# minus the Hessian takes dim rows more, and the points asked for the rest.
+THETA, SIZE, GRADIENT, CURVATURE, DIRECTION, MOVE, BEFORE, SCRATCH, INVERSE = range(9)
+# Real numbers of a series: objective at theta and before the last move, step length and slope of
+# the line search, and from there on the values at the points asked for.
+VALUE, OLD, ALPHA, SLOPE, ANSWERS = range(5)
+# Integers of a series.
 DIM, PHASE, FRESH, HALVINGS, N_ITER, N_EVALUATIONS, END = range(7)
 START, DIFFERENCE, LINE = range(3)  # what was asked for
 GOING, CONVERGED, NO_START, NO_SIDE, NO_BETTER, EXHAUSTED = range(6)  # how it ended
+_STOP, _ASK_DIFFERENCES, _ASK_TRIAL, _SET_OUT = range(4)
 MESSAGES = (
     "",
     "",
@@ -33,7 +43,6 @@ MESSAGES = (
     "the line search found no better point although the gradient is not zero",
     "no convergence in {max_iter} iterations",
 )
-ALPHA, SLOPE = 0, 1  # real state of a line search
 
 
 class Limits(NamedTuple):
@@ -47,91 +56,84 @@ class Limits(NamedTuple):
 class Search(NamedTuple):
     """State of the searches of many series; rows never touch each other."""
 
-    theta: np.ndarray  # best parameters (series, dim)
-    value: np.ndarray  # objective there (series,)
-    size: np.ndarray  # typical size of each parameter (series, dim)
-    gradient: np.ndarray  # (series, dim)
-    curvature: np.ndarray  # second derivatives (series, dim)
-    inverse: np.ndarray  # of minus the Hessian, approximately (series, dim, dim)
-    direction: np.ndarray  # of the line search (series, dim)
-    move: np.ndarray  # last step (series, dim)
-    before: np.ndarray  # gradient before it (series, dim)
-    scratch: np.ndarray  # (series, dim)
-    line: np.ndarray  # ALPHA, SLOPE and the value before the move (series, 3)
-    note: np.ndarray  # integer state (series, 7)
-    points: np.ndarray  # what is asked for (series, most points, dim)
+    table: np.ndarray  # (series, rows, dim)
+    number: np.ndarray  # (series, ANSWERS + most points)
+    note: np.ndarray  # (series, 7)
     trace: np.ndarray  # value after each iteration (max_iter + 1, series)
 
 
 def make_search(series: int, dim: int, max_iter: int) -> Search:
     """Memory for the searches of `series` series with up to `dim` parameters."""
-    flat = (series, dim)
+    points = max(2 * dim, 1)
     return Search(
-        np.empty(flat),
-        np.empty(series),
-        np.empty(flat),
-        np.empty(flat),
-        np.empty(flat),
-        np.empty((series, dim, dim)),
-        np.empty(flat),
-        np.empty(flat),
-        np.empty(flat),
-        np.empty(flat),
-        np.empty((series, 3)),
+        np.full((series, INVERSE + dim + points, dim), np.nan),
+        np.empty((series, ANSWERS + points)),
         np.zeros((series, 7), np.int64),
-        np.empty((series, max(2 * dim, 1), dim)),
         np.empty((max_iter + 1, series)),
     )
 
 
 @cold
 def begin(s: Any, n: int, dim: int) -> int:
-    """Ask for the value at ``theta[n]``, which the caller has set along with ``size[n]``."""
+    """Ask for the value at the parameters, which the caller has set along with their sizes."""
+    points = INVERSE + s.table.shape[2]
     for k in range(s.note.shape[1]):
         s.note[n, k] = 0
     s.note[n, DIM] = dim
     for i in range(dim):
-        s.points[n, 0, i] = s.theta[n, i]
-        s.gradient[n, i] = math.nan
+        s.table[n, points, i] = s.table[n, THETA, i]
     return 1
 
 
 @cold
-def advance(s: Any, n: int, answers: Any, first: int, limits: Any) -> int:
-    """Take the values ``answers[first:]`` of the points asked for; returns how many are next."""
-    if s.note[n, PHASE] == LINE:
-        return _after_trial(s, n, answers[first], limits)
-    if s.note[n, PHASE] == DIFFERENCE:
-        return _after_differences(s, n, answers, first, limits)
-    s.note[n, N_EVALUATIONS] += 1
-    s.value[n] = answers[first]
-    s.trace[0, n] = s.value[n]
-    if not math.isfinite(s.value[n]):
-        s.value[n] = math.nan
-        s.trace[0, n] = math.nan
-        return _end(s, n, NO_START)
-    if s.note[n, DIM] == 0:
-        return _end(s, n, CONVERGED)
-    return _ask_differences(s, n)
-
-
-@cold
-def _end(s: Any, n: int, how: int) -> int:
-    s.note[n, END] = how
+def advance(s: Any, n: int, limits: Any) -> int:
+    """Take the values of the points asked for; returns how many are asked for next."""
+    phase = s.note[n, PHASE]
+    if phase == START:
+        action = _after_start(s, n)
+    elif phase == DIFFERENCE:
+        action = _after_differences(s, n, limits)
+    else:
+        action = _after_trial(s, n, limits)
+    if action == _SET_OUT:
+        action = _set_out(s, n, limits)
+    if action == _ASK_DIFFERENCES:
+        _ask_differences(s, n)
+        return 2 * s.note[n, DIM]
+    if action == _ASK_TRIAL:
+        points = INVERSE + s.table.shape[2]
+        for i in range(s.note[n, DIM]):
+            step = s.number[n, ALPHA] * s.table[n, DIRECTION, i]
+            s.table[n, points, i] = s.table[n, THETA, i] + step
+        return 1
     return 0
 
 
 @glue
+def _after_start(s: Any, n: int) -> int:
+    value = s.number[n, ANSWERS]
+    if not math.isfinite(value):
+        value = math.nan
+        s.note[n, END] = NO_START
+    elif s.note[n, DIM] == 0:
+        s.note[n, END] = CONVERGED
+    s.note[n, N_EVALUATIONS] = 1
+    s.number[n, VALUE] = value
+    s.trace[0, n] = value
+    return _ASK_DIFFERENCES if s.note[n, END] == GOING else _STOP
+
+
+@glue
 def _scale(s: Any, n: int, i: int) -> float:
-    return max(abs(s.theta[n, i]), s.size[n, i])
+    return max(abs(s.table[n, THETA, i]), s.table[n, SIZE, i])
 
 
 @cold
-def _small_gradient(s: Any, n: int, limits: Any) -> bool:
+def _small_gradient(s: Any, n: int, tolerance: float) -> bool:
     largest = 0.0
     for i in range(s.note[n, DIM]):
-        largest = max(largest, abs(s.gradient[n, i]) * _scale(s, n, i))
-    return largest <= limits.gradient_tol * max(abs(s.value[n]), 1.0)
+        largest = max(largest, abs(s.table[n, GRADIENT, i]) * _scale(s, n, i))
+    return largest <= tolerance * max(abs(s.number[n, VALUE]), 1.0)
 
 
 @cold
@@ -140,66 +142,66 @@ def _promise(s: Any, n: int) -> float:
     dim, total = s.note[n, DIM], 0.0
     for i in range(dim):
         for j in range(dim):
-            total += s.gradient[n, i] * s.inverse[n, i, j] * s.gradient[n, j]
+            product = s.table[n, GRADIENT, i] * s.table[n, GRADIENT, j]
+            total += product * s.table[n, INVERSE + i, j]
     return 0.5 * total
 
 
 @cold
-def _ask_differences(s: Any, n: int) -> int:
+def _ask_differences(s: Any, n: int) -> None:
     """Ask for both neighbours along every axis."""
-    dim = s.note[n, DIM]
+    dim, points = s.note[n, DIM], INVERSE + s.table.shape[2]
     s.note[n, PHASE] = DIFFERENCE
+    for k in range(2 * dim):
+        for j in range(dim):
+            s.table[n, points + k, j] = s.table[n, THETA, j]
     for i in range(dim):
         h = _STEP * _scale(s, n, i)
-        for j in range(dim):
-            s.points[n, 2 * i, j] = s.theta[n, j]
-            s.points[n, 2 * i + 1, j] = s.theta[n, j]
-        s.points[n, 2 * i, i] += h
-        s.points[n, 2 * i + 1, i] -= h
-    return 2 * dim
+        s.table[n, points + 2 * i, i] += h
+        s.table[n, points + 2 * i + 1, i] -= h
 
 
 @cold
-def _differentiate(s: Any, n: int, answers: Any, first: int) -> bool:
+def _differentiate(s: Any, n: int) -> bool:
     """Gradient and second derivatives by central differences; False where neither side exists."""
-    dim, value = s.note[n, DIM], s.value[n]
+    dim, value, points = s.note[n, DIM], s.number[n, VALUE], INVERSE + s.table.shape[2]
     s.note[n, N_EVALUATIONS] += 2 * dim
     for i in range(dim):
-        up, down = answers[first + 2 * i], answers[first + 2 * i + 1]
+        s.table[n, BEFORE, i] = s.table[n, GRADIENT, i]
+        up, down = s.number[n, ANSWERS + 2 * i], s.number[n, ANSWERS + 2 * i + 1]
         # Differences of what was evaluated: theta + h is rounded, and h itself is not exact.
-        above = s.points[n, 2 * i, i] - s.theta[n, i]
-        below = s.theta[n, i] - s.points[n, 2 * i + 1, i]
+        above = s.table[n, points + 2 * i, i] - s.table[n, THETA, i]
+        below = s.table[n, THETA, i] - s.table[n, points + 2 * i + 1, i]
         rise, fall = (up - value) / above, (value - down) / below
-        s.curvature[n, i] = 0.0
         if math.isfinite(up) and math.isfinite(down):
-            s.gradient[n, i] = (up - down) / (above + below)
-            bend = (fall - rise) / (0.5 * (above + below))
-            if math.isfinite(bend):
-                s.curvature[n, i] = bend
+            slope, bend = (up - down) / (above + below), (fall - rise) / (0.5 * (above + below))
         else:  # at the edge of the domain only one side exists
-            s.gradient[n, i] = rise if math.isfinite(up) else fall
-        if not math.isfinite(s.gradient[n, i]):
+            slope, bend = rise if math.isfinite(up) else fall, 0.0
+        s.table[n, GRADIENT, i] = slope
+        s.table[n, CURVATURE, i] = bend if math.isfinite(bend) else 0.0
+        if not math.isfinite(slope):
             return False
     return True
 
 
-@cold
-def _after_differences(s: Any, n: int, answers: Any, first: int, limits: Any) -> int:
-    """Update the inverse Hessian, test for convergence, and set out on the next iteration."""
-    for i in range(s.note[n, DIM]):
-        s.before[n, i] = s.gradient[n, i]
-    if not _differentiate(s, n, answers, first):
-        return _end(s, n, NO_SIDE)
+@glue
+def _after_differences(s: Any, n: int, limits: Any) -> int:
+    """Update the inverse Hessian and test for convergence."""
+    if not _differentiate(s, n):
+        s.note[n, END] = NO_SIDE
+        return _STOP
     settled = False
     if s.note[n, N_ITER] == 0:
         _reset(s, n)
     else:
         _update(s, n)
-        limit = limits.value_tol * max(abs(s.line[n, 2]), 1.0)
-        settled = s.value[n] - s.line[n, 2] <= limit and _promise(s, n) <= limit
-    if settled or _small_gradient(s, n, limits):
-        return _end(s, n, CONVERGED)
-    return _set_out(s, n, limits)
+        old = s.number[n, OLD]
+        limit = limits.value_tol * max(abs(old), 1.0)
+        settled = s.number[n, VALUE] - old <= limit and _promise(s, n) <= limit
+    if settled or _small_gradient(s, n, limits.gradient_tol):
+        s.note[n, END] = CONVERGED
+        return _STOP
+    return _SET_OUT
 
 
 @cold
@@ -208,159 +210,135 @@ def _reset(s: Any, n: int) -> None:
     dim = s.note[n, DIM]
     for i in range(dim):
         for j in range(dim):
-            s.inverse[n, i, j] = 0.0
+            s.table[n, INVERSE + i, j] = 0.0
         # No coordinate is sent further than its own size by a curvature that rounding invented.
-        floor = max(abs(s.gradient[n, i]) / _scale(s, n, i), _TINY)
-        s.inverse[n, i, i] = 1.0 / max(abs(s.curvature[n, i]), floor)
+        floor = max(abs(s.table[n, GRADIENT, i]) / _scale(s, n, i), _TINY)
+        s.table[n, INVERSE + i, i] = 1.0 / max(abs(s.table[n, CURVATURE, i]), floor)
     s.note[n, FRESH] = 1
 
 
 @cold
-def _point_uphill(s: Any, n: int) -> bool:
-    """Direction B g and its slope; False where it does not lead upwards."""
-    dim, slope, finite = s.note[n, DIM], 0.0, True
+def _multiply(s: Any, n: int, source: int, target: int) -> float:
+    """Row `target` becomes B times row `source`; returns their inner product."""
+    dim, product = s.note[n, DIM], 0.0
     for i in range(dim):
         total = 0.0
         for j in range(dim):
-            total += s.inverse[n, i, j] * s.gradient[n, j]
-        s.direction[n, i] = total
-        finite = finite and math.isfinite(total)
-        slope += total * s.gradient[n, i]
-    s.line[n, SLOPE] = slope
-    return finite and slope > 0.0
+            total += s.table[n, INVERSE + i, j] * s.table[n, source, j]
+        s.table[n, target, i] = total
+        product += total * s.table[n, source, i]
+    return product
 
 
-@cold
+@glue
 def _set_out(s: Any, n: int, limits: Any) -> int:
     """Begin the line search of the next iteration."""
     if s.note[n, N_ITER] >= limits.max_iter:
-        return _end(s, n, EXHAUSTED)
-    if not _point_uphill(s, n):
+        s.note[n, END] = EXHAUSTED
+        return _STOP
+    slope = _multiply(s, n, GRADIENT, DIRECTION)
+    if not (slope > 0.0 and slope < math.inf):
         _reset(s, n)
-        _point_uphill(s, n)
+        slope = _multiply(s, n, GRADIENT, DIRECTION)
     longest = _LONGEST
     for i in range(s.note[n, DIM]):
-        longest = max(longest, abs(s.direction[n, i]) / _scale(s, n, i))
+        longest = max(longest, abs(s.table[n, DIRECTION, i]) / _scale(s, n, i))
     for i in range(s.note[n, DIM]):
-        s.direction[n, i] *= _LONGEST / longest
-    s.line[n, SLOPE] *= _LONGEST / longest
-    s.line[n, ALPHA] = 1.0
+        s.table[n, DIRECTION, i] *= _LONGEST / longest
+    s.number[n, SLOPE] = slope * _LONGEST / longest
+    s.number[n, ALPHA] = 1.0
     s.note[n, PHASE], s.note[n, HALVINGS] = LINE, 0
-    return _ask_trial(s, n)
+    return _ASK_TRIAL
 
 
-@cold
-def _ask_trial(s: Any, n: int) -> int:
-    for i in range(s.note[n, DIM]):
-        s.points[n, 0, i] = s.theta[n, i] + s.line[n, ALPHA] * s.direction[n, i]
-    return 1
-
-
-@cold
-def _after_trial(s: Any, n: int, reached: float, limits: Any) -> int:
+@glue
+def _after_trial(s: Any, n: int, limits: Any) -> int:
     """Move there if Armijo's condition holds, else try a shorter step."""
     s.note[n, N_EVALUATIONS] += 1
-    rise = reached - s.value[n]
-    promised = s.line[n, ALPHA] * s.line[n, SLOPE]
+    value, reached = s.number[n, VALUE], s.number[n, ANSWERS]
+    rise = reached - value
+    promised = s.number[n, ALPHA] * s.number[n, SLOPE]
     if rise >= _ARMIJO * promised and rise > 0.0 and math.isfinite(rise):
-        s.line[n, 2] = s.value[n]
-        for i in range(s.note[n, DIM]):
-            s.move[n, i] = s.points[n, 0, i] - s.theta[n, i]
-            s.theta[n, i] = s.points[n, 0, i]
-        s.value[n] = reached
-        s.note[n, N_ITER] += 1
-        s.trace[s.note[n, N_ITER], n] = reached
-        return _ask_differences(s, n)
+        _move(s, n)
+        return _ASK_DIFFERENCES
     shorter = 0.25
     if math.isfinite(rise):  # top of the parabola through value, slope and trial
-        shorter = 0.5 * promised / max(max(promised - rise, 0.5 * promised), _TINY)
-    s.line[n, ALPHA] *= min(max(shorter, 0.1), 0.5)
+        shorter = 0.5 * promised / max(promised - rise, 0.5 * promised, _TINY)
+    s.number[n, ALPHA] *= min(max(shorter, 0.1), 0.5)
     s.note[n, HALVINGS] += 1
     # A promise below the tolerance is not worth another evaluation.
-    hopeful = promised > 1e-2 * limits.value_tol * max(abs(s.value[n]), 1.0)
-    if hopeful and s.note[n, HALVINGS] < _MAX_HALVINGS:
-        return _ask_trial(s, n)
-    return _stuck(s, n, limits)
+    limit = limits.value_tol * max(abs(value), 1.0)
+    if promised > 1e-2 * limit and s.note[n, HALVINGS] < _MAX_HALVINGS:
+        return _ASK_TRIAL
+    # No better point along the direction: rounding at the top, or a bad inverse Hessian.
+    s.note[n, N_ITER] += 1
+    s.trace[s.note[n, N_ITER], n] = value
+    if _promise(s, n) <= 10.0 * limit:
+        s.note[n, END] = CONVERGED
+    elif s.note[n, FRESH] == 1:
+        s.note[n, END] = NO_BETTER
+    else:
+        _reset(s, n)
+        return _SET_OUT
+    return _STOP
 
 
 @cold
-def _stuck(s: Any, n: int, limits: Any) -> int:
-    """No better point along the direction: rounding at the top, or a bad inverse Hessian."""
+def _move(s: Any, n: int) -> None:
+    """Take the trial point over."""
+    points = INVERSE + s.table.shape[2]
+    s.number[n, OLD], s.number[n, VALUE] = s.number[n, VALUE], s.number[n, ANSWERS]
+    for i in range(s.note[n, DIM]):
+        s.table[n, MOVE, i] = s.table[n, points, i] - s.table[n, THETA, i]
+        s.table[n, THETA, i] = s.table[n, points, i]
     s.note[n, N_ITER] += 1
-    s.trace[s.note[n, N_ITER], n] = s.value[n]
-    if _promise(s, n) <= 10.0 * limits.value_tol * max(abs(s.value[n]), 1.0):
-        return _end(s, n, CONVERGED)
-    if s.note[n, FRESH] == 1:
-        return _end(s, n, NO_BETTER)
-    _reset(s, n)
-    return _set_out(s, n, limits)
+    s.trace[s.note[n, N_ITER], n] = s.number[n, VALUE]
 
 
 @cold
 def _update(s: Any, n: int) -> None:
-    """BFGS update of the inverse where the curvature along the move allows it."""
-    dim = s.note[n, DIM]
-    curved = moved = dropped = 0.0
+    """BFGS update of the inverse; `BEFORE`, the gradient before the move, is overwritten."""
+    dim, curved, moved, dropped = s.note[n, DIM], 0.0, 0.0, 0.0
     for i in range(dim):
-        drop = s.before[n, i] - s.gradient[n, i]
-        curved += s.move[n, i] * drop
-        moved += s.move[n, i] * s.move[n, i]
+        drop = s.table[n, BEFORE, i] - s.table[n, GRADIENT, i]
+        curved += s.table[n, MOVE, i] * drop
+        moved += s.table[n, MOVE, i] * s.table[n, MOVE, i]
         dropped += drop * drop
     s.note[n, FRESH] = 0
     if not curved > 1e-10 * math.sqrt(moved * dropped):
-        _lengthen(s, n)
+        # Where the function still bends upwards the step was too short: four times as long a step
+        # along this direction, and along no other, is what the next iteration would take.
+        slope = _multiply(s, n, BEFORE, SCRATCH)
+        for i in range(dim):
+            for j in range(dim):
+                outer = s.table[n, SCRATCH, i] * s.table[n, SCRATCH, j]
+                s.table[n, INVERSE + i, j] += 3.0 * outer / slope
         return
-    bend = 0.0  # drop' B drop
     for i in range(dim):
-        total = 0.0
-        for j in range(dim):
-            total += s.inverse[n, i, j] * (s.before[n, j] - s.gradient[n, j])
-        s.scratch[n, i] = total
-        bend += total * (s.before[n, i] - s.gradient[n, i])
-    weight = (1.0 + bend / curved) / curved
+        s.table[n, BEFORE, i] -= s.table[n, GRADIENT, i]
+    weight = (1.0 + _multiply(s, n, BEFORE, SCRATCH) / curved) / curved
     for i in range(dim):
+        a, b = s.table[n, SCRATCH, i] / curved, s.table[n, MOVE, i]
         for j in range(dim):
-            mixed = s.scratch[n, i] * s.move[n, j] + s.move[n, i] * s.scratch[n, j]
-            s.inverse[n, i, j] += weight * s.move[n, i] * s.move[n, j] - mixed / curved
-
-
-@cold
-def _lengthen(s: Any, n: int) -> None:
-    """Where the function still bends upwards, take four times the step along this direction."""
-    dim, slope = s.note[n, DIM], 0.0
-    for i in range(dim):
-        total = 0.0
-        for j in range(dim):
-            total += s.inverse[n, i, j] * s.before[n, j]
-        s.scratch[n, i] = total
-        slope += total * s.before[n, i]
-    for i in range(dim):
-        for j in range(dim):
-            s.inverse[n, i, j] += 3.0 * s.scratch[n, i] * s.scratch[n, j] / slope
+            c, d = s.table[n, SCRATCH, j] / curved, s.table[n, MOVE, j]
+            s.table[n, INVERSE + i, j] += weight * b * d - a * d - b * c
 
 
 def bind_tell(digest: str) -> Callable[..., None]:
     """The step of many searches at once, keyed by a digest of its sources."""
 
     def tell(s: Any, rows: Any, counts: Any, answers: Any, limits: Any) -> None:
-        """Answer the ``counts[n]`` points of each of `rows` in turn; `counts` becomes the next."""
+        """Give each of `rows` its ``counts[n]`` answers, in turn; `counts` becomes the next.
+
+        A row that asked for nothing begins its search.
+        """
         _ = digest
-        first = 0
+        k = 0
         for n in rows:
             asked = counts[n]
-            counts[n] = advance(s, n, answers, first, limits)
-            first += asked
+            for i in range(asked):
+                s.number[n, ANSWERS + i] = answers[k]
+                k += 1
+            counts[n] = advance(s, n, limits) if asked > 0 else begin(s, n, s.table.shape[2])
 
     return tell
-
-
-def bind_begin(digest: str) -> Callable[..., None]:
-    """The first step of many searches at once."""
-
-    def begin_all(s: Any, counts: Any) -> None:
-        """Ask for the value at every start."""
-        _ = digest
-        for n in range(counts.size):
-            counts[n] = begin(s, n, s.theta.shape[1])
-
-    return begin_all
