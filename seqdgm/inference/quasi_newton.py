@@ -122,7 +122,7 @@ def maximise(
     search = make_search(*theta.shape, max_iter)
     search.table[:, cpu_search.THETA], search.table[:, cpu_search.SIZE] = theta, size
     _follow(objective, search, limits)
-    return optimum(search, max_iter)
+    return _optimum(search, max_iter)
 
 
 def _follow(objective: Objective, search: Search, limits: Limits) -> None:
@@ -145,12 +145,9 @@ def _follow(objective: Objective, search: Search, limits: Limits) -> None:
         rows = rows[counts[rows] > 0]
 
 
-def optimum(search: Search, max_iter: int) -> Optimum:
+def _optimum(search: Search, max_iter: int) -> Optimum:
     """What ended searches found."""
     ends, n_iter = search.note[:, cpu_search.END], search.note[:, cpu_search.N_ITER]
-    trace = search.trace[: int(n_iter.max(initial=0)) + 1].copy()
-    for row in range(1, len(trace)):
-        trace[row] = np.where(n_iter >= row, trace[row], trace[row - 1])
     return Optimum(
         search.table[:, cpu_search.THETA],
         search.number[:, cpu_search.VALUE],
@@ -159,7 +156,7 @@ def optimum(search: Search, max_iter: int) -> Optimum:
         n_iter,
         int(search.note[:, cpu_search.N_EVALUATIONS].sum()),
         tuple(cpu_search.MESSAGES[end].format(max_iter=max_iter) for end in ends),
-        trace,
+        cpu_search.filled(search.trace, n_iter),
     )
 
 

@@ -73,6 +73,14 @@ def make_search(series: int, dim: int, max_iter: int) -> Search:
     )
 
 
+def filled(trace: np.ndarray, n_iter: np.ndarray) -> np.ndarray:
+    """The iterations that some series took, each series resting where it stopped."""
+    kept = trace[: int(n_iter.max(initial=0)) + 1].copy()
+    for row in range(1, len(kept) if kept.shape[1] else 0):
+        kept[row] = np.where(n_iter >= row, kept[row], kept[row - 1])
+    return kept
+
+
 @cold
 def begin(s: Any, n: int, dim: int) -> int:
     """Ask for the value at the parameters, which the caller has set along with their sizes."""
