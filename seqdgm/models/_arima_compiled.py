@@ -21,7 +21,6 @@ from seqdgm.kernels.cpu_search import (
     INVERSE,
     N_EVALUATIONS,
     N_ITER,
-    NO_START,
     PHASE,
     SIZE,
     advance,
@@ -29,17 +28,25 @@ from seqdgm.kernels.cpu_search import (
 )
 from seqdgm.kernels.cpu_search import THETA as PARAMETERS
 from seqdgm.kernels.cpu_search import VALUE as OBJECTIVE
-from seqdgm.kernels.cpu_steps import cold
+from seqdgm.kernels.cpu_steps import cold, glue
 from seqdgm.models._arima_spec import _EDGE
 from seqdgm.models._arma_likelihood import (
     AR,
+    AR_LAGS,
     BACKWARD,
+    BASE,
+    BEGINS,
+    COLUMN,
     COLUMNS,
     DIFF,
+    FIRST,
     FLOOR,
     FORWARD,
     GAMMA,
+    GRAM,
     INPUTS,
+    LAGS,
+    LAST,
     MA,
     NEXT,
     OFFSET,
@@ -52,12 +59,12 @@ from seqdgm.models._arma_likelihood import (
     SHORT,
     SINGULAR,
     SMA,
+    STEP,
     STEPS,
     TREND,
     VARIANCE,
     bend_line,
     eliminate,
-    from_partial,
     likelihood,
     regress,
     whiten,
@@ -72,7 +79,7 @@ ENDED, ITERATIONS, EVALUATIONS, DONE = range(4)  # columns of the integer result
 class Jobs(NamedTuple):
     """Series and specifications."""
 
-    orders: np.ndarray  # p, d, q, P, D, Q, s, trend (0 none, 1 c, 2 t, 3 ct), inputs (jobs, 9)
+    orders: np.ndarray  # p, q, P, Q, s, d, D, trend (0 none, 1 c, 2 t, 3 ct), inputs (jobs, 9)
     series: np.ndarray  # row of x (jobs,)
     x: np.ndarray  # NaN where missing (series, time)
     lengths: np.ndarray  # (series,)
@@ -90,19 +97,6 @@ class Results(NamedTuple):
 
 
 @cold
-def difference(w: Any, o: Any, c: int, steps: int) -> None:
-    """Difference the first `steps` elements of a column, which then begins with the first left."""
-    lost = 0
-    for k in range(o[DIFF] + o[SDIFF]):
-        lag = 1 if k < o[DIFF] else o[SEASON]
-        lost += lag
-        for t in range(steps - 1, lost - 1, -1):
-            w.columns[c, t] -= w.columns[c, t - lag]
-    for t in range(steps - lost):
-        w.columns[c, t] = w.columns[c, t + lost]
-
-
-@cold
 def load_series(w: Any, o: Any, x: Any, n: int, length: int) -> bool:
     """Series from its first to its last observation, gaps filled by straight lines.
 
@@ -117,15 +111,15 @@ def load_series(w: Any, o: Any, x: Any, n: int, length: int) -> bool:
     gaps, known = 0, begins
     for t in range(begins, ends + 1):
         if not math.isfinite(x[n, t]):
-            if fixed + gaps >= w.first.size:
+            if COLUMN + fixed + gaps >= w.time.shape[0]:
                 return False
-            w.first[fixed + gaps] = t - begins
+            w.note[BEGINS + fixed + gaps] = t - begins
             gaps += 1
             continue
-        w.columns[0, t - begins] = x[n, t]
+        w.time[COLUMN, t - begins] = x[n, t]
         for k in range(known + 1, t):
             share = (k - known) / (t - known)
-            w.columns[0, k - begins] = x[n, known] + share * (x[n, t] - x[n, known])
+            w.time[COLUMN, k - begins] = x[n, known] + share * (x[n, t] - x[n, known])
         known = t
     lost = o[DIFF] + o[SEASON] * o[SDIFF]
     w.note[STEPS], w.note[OFFSET] = ends + 1 - begins - lost, begins + lost
@@ -136,95 +130,82 @@ def load_series(w: Any, o: Any, x: Any, n: int, length: int) -> bool:
 
 @cold
 def load_columns(w: Any, o: Any, u: Any, n: int) -> None:
-    """Trend, regressors and pulses, differenced."""
-    columns, gaps = w.note[COLUMNS], w.note[PULSES]
+    """Regressors and pulses next to the series; all are differenced. Then the constant."""
+    columns, trends = w.note[COLUMNS], (o[TREND] + 1) // 2
     lost = o[DIFF] + o[SEASON] * o[SDIFF]
     whole, begins = w.note[STEPS] + lost, w.note[OFFSET] - lost
-    difference(w, o, 0, whole)
-    for c in range(columns - gaps):
-        w.first[c] = 0
-    for t in range(w.note[STEPS] if o[TREND] % 2 == 1 else 0):
-        w.columns[1, t] = 1.0
-    for k in range(o[INPUTS]):
-        c = 1 + (o[TREND] + 1) // 2 + k
-        for t in range(whole):
-            w.columns[c, t] = u[n if u.shape[0] > 1 else 0, begins + t, k]
-        difference(w, o, c, whole)
-    for c in range(columns - gaps, columns):
-        for t in range(whole):
-            w.columns[c, t] = 1.0 if t == w.first[c] else 0.0
-        difference(w, o, c, whole)
-        w.first[c] = max(w.first[c] - lost, 0)
     for c in range(columns):
-        w.coef[0, c] = 0.0
+        pulse = c >= columns - w.note[PULSES]
+        at = w.note[BEGINS + c]
+        for t in range(whole if c > trends else 0):
+            if pulse:
+                w.time[COLUMN + c, t] = 1.0 if t == at else 0.0
+            else:
+                w.time[COLUMN + c, t] = u[n if u.shape[0] > 1 else 0, begins + t, c - 1 - trends]
+        left = whole
+        for k in range(o[DIFF] + o[SDIFF]):
+            lag = 1 if k < o[DIFF] else o[SEASON]
+            left -= lag
+            for t in range(left):
+                w.time[COLUMN + c, t] = w.time[COLUMN + c, t + lag] - w.time[COLUMN + c, t]
+        w.note[BEGINS + c] = max(at - lost, 0) if pulse else 0
+        w.gram[FIRST, c] = 0.0
     for t in range(w.note[STEPS]):
-        w.base[t] = w.columns[0, t]
+        w.time[BASE, t] = w.time[COLUMN, t]
+        if o[TREND] % 2 == 1:
+            w.time[COLUMN + 1, t] = 1.0
 
 
 @cold
-def load_problem(w: Any, o: Any, jobs: Any, n: int) -> bool:
-    """Differenced data less a first regression; False where this likelihood does not apply.
-
-    That is where there are too many gaps for it, or where the data leave a starting value of the
-    differences undetermined.
-    """
-    if not load_series(w, o, jobs.x, n, jobs.lengths[n]):
-        return False
-    load_columns(w, o, jobs.u, n)
-    w.poly[GAMMA, 0], w.poly[NEXT, 0] = 1.0, 0.0
+def regress_first(w: Any, o: Any) -> bool:
+    """Take an ordinary regression out of the data; False if a missing value is undetermined."""
+    w.note[AR_LAGS] = w.note[LAGS] = 0
+    w.lag[GAMMA, 0], w.lag[NEXT, 0] = 1.0, 0.0
     if o[TREND] >= 2:
-        bend_line(w, o, 0)
-    whiten(w, 0)
+        bend_line(w, o)
+    whiten(w)
     eliminate(w)
-    if w.note[SINGULAR] > 0:
-        return False
     regress(w)
     for c in range(1, w.note[COLUMNS]):
-        w.coef[0, c] = w.coef[1, c]
+        w.gram[FIRST, c] = w.gram[LAST, c]
         for t in range(w.note[STEPS]):
-            w.base[t] -= w.coef[0, c] * w.columns[c, t]
+            w.time[BASE, t] -= w.gram[FIRST, c] * w.time[COLUMN + c, t]
     for t in range(w.note[STEPS]):
-        w.columns[0, t] = w.base[t]
-    return True
+        w.time[COLUMN, t] = w.time[BASE, t]
+    return w.note[SINGULAR] == 0
 
 
 @cold
-def step_down(poly: Any, row: int, order: int) -> bool:
-    """Partial autocorrelations in place of AR coefficients; False if not stationary."""
-    for k in range(order - 1, 0, -1):
-        last = poly[row, k]
-        if not abs(last) < 1.0:
-            return False
-        for j in range((k + 1) // 2):
-            a, b = poly[row, j], poly[row, k - 1 - j]
-            poly[row, j] = (a + last * b) / (1.0 - last * last)
-            poly[row, k - 1 - j] = (b + last * a) / (1.0 - last * last)
-    return order == 0 or abs(poly[row, 0]) < 1.0
-
-
-@cold
-def scaled(poly: Any, order: int, factor: float) -> bool:
+def scaled(lag: Any, order: int, factor: float) -> bool:
     """Whether the coefficients in SHORT, roots scaled, are stationary; partials in SEASONAL."""
     power = 1.0
     for j in range(order):
         power *= factor
-        poly[SEASONAL, j] = poly[SHORT, j] * power
-    return step_down(poly, SEASONAL, order)
+        lag[SEASONAL, j] = lag[SHORT, j] * power
+    for k in range(order - 1, -1, -1):
+        last = lag[SEASONAL, k]
+        if not abs(last) < 1.0:
+            return False
+        for j in range((k + 1) // 2):
+            a, b = lag[SEASONAL, j], lag[SEASONAL, k - 1 - j]
+            lag[SEASONAL, j] = (a + last * b) / (1.0 - last * last)
+            lag[SEASONAL, k - 1 - j] = (b + last * a) / (1.0 - last * last)
+    return True
 
 
 @cold
-def shrink(poly: Any, order: int) -> None:
+def shrink(lag: Any, order: int) -> None:
     """Partial autocorrelations of the coefficients in SHORT, inverse roots at most 0.95."""
-    inside, outside = 1.0, 1.0
-    if not scaled(poly, order, 1.0 / _START_RADIUS):
-        inside = 0.0
-        for _ in range(40):
-            middle = 0.5 * (inside + outside)
-            if scaled(poly, order, middle / _START_RADIUS):
-                inside = middle
-            else:
-                outside = middle
-    scaled(poly, order, inside)
+    inside, outside = 0.0, 2.0  # the first factor tried is 1
+    while outside - inside > 1e-9:
+        middle = 0.5 * (inside + outside)
+        if not scaled(lag, order, middle / _START_RADIUS):
+            outside = middle
+        elif middle == 1.0:
+            inside = outside = 1.0
+        else:
+            inside = middle
+    scaled(lag, order, inside)
 
 
 @cold
@@ -232,50 +213,41 @@ def burg(w: Any, order: int) -> None:
     """Innovations of a long autoregression, in FORWARD."""
     steps = w.note[STEPS]
     for t in range(steps):
-        w.scratch[FORWARD, t] = w.scratch[BACKWARD, t] = w.base[t]
+        w.time[FORWARD, t] = w.time[BACKWARD, t] = w.time[BASE, t]
     for k in range(1, order + 1):
         cross = power = 0.0
         for t in range(k, steps):
-            a, b = w.scratch[FORWARD, t], w.scratch[BACKWARD, t - 1]
+            a, b = w.time[FORWARD, t], w.time[BACKWARD, t - 1]
             cross += a * b
             power += a * a + b * b
         c = 2.0 * cross / power if power > 0.0 else 0.0
         for t in range(steps - 1, k - 1, -1):
-            a, b = w.scratch[FORWARD, t], w.scratch[BACKWARD, t - 1]
-            w.scratch[FORWARD, t] = a - c * b
-            w.scratch[BACKWARD, t] = b - c * a
-
-
-@cold
-def lagged(w: Any, o: Any, c: int, t: int) -> float:
-    """Regressor c at step t: lags of the series, seasonal ones, then those of the innovations."""
-    if c < o[AR]:
-        return float(w.base[t - 1 - c])
-    c -= o[AR]
-    if c < o[SAR]:
-        return float(w.base[t - o[SEASON] * (c + 1)])
-    c -= o[SAR]
-    lag = c + 1 if c < o[MA] else o[SEASON] * (c - o[MA] + 1)
-    return float(w.scratch[FORWARD, t - lag])
+            a, b = w.time[FORWARD, t], w.time[BACKWARD, t - 1]
+            w.time[FORWARD, t] = a - c * b
+            w.time[BACKWARD, t] = b - c * a
 
 
 @cold
 def regress_on_lags(w: Any, o: Any, begins: int, width: int) -> None:
-    """Coefficients of all lags, in row 1 of `coef`; zero where there are too few rows."""
+    """Coefficients of lags of the series and of its innovations; zero with too few rows."""
     steps, columns, pulses = w.note[STEPS], w.note[COLUMNS], w.note[PULSES]
     for c in range(width + 1):
-        w.coef[1, c] = 0.0
+        w.gram[LAST, c] = 0.0
         for j in range(c + 1):
-            w.gram[c, j] = 0.0
+            w.gram[GRAM + c, j] = 0.0
     if steps - begins < 3 * width:
         return
     for t in range(begins, steps):
-        w.coef[2, 0] = w.base[t]
-        for c in range(width):
-            w.coef[2, c + 1] = lagged(w, o, c, t)
+        w.gram[STEP, 0] = w.time[BASE, t]
+        c = 1
+        for k in range(4):
+            for i in range(o[k]):
+                at = t - (i + 1) * (o[SEASON] if k >= SAR else 1)
+                w.gram[STEP, c] = w.time[FORWARD if k % 2 == MA else BASE, at]
+                c += 1
         for c in range(width + 1):
             for j in range(c + 1):
-                w.gram[c, j] += w.coef[2, c] * w.coef[2, j]
+                w.gram[GRAM + c, j] += w.gram[STEP, c] * w.gram[STEP, j]
     w.note[COLUMNS], w.note[PULSES] = width + 1, 0
     eliminate(w)
     regress(w)
@@ -283,107 +255,103 @@ def regress_on_lags(w: Any, o: Any, begins: int, width: int) -> None:
 
 
 @cold
-def take_polynomial(w: Any, s: Any, order: int, source: int, target: int, ma: bool) -> None:
-    """Free parameters of the regression coefficients of one polynomial."""
-    for i in range(order):
-        w.poly[SHORT, i] = -w.coef[1, source + i] if ma else w.coef[1, source + i]
-    shrink(w.poly, order)
-    for i in range(order):
-        partial = w.poly[SEASONAL, i] / _EDGE
-        s.table[0, PARAMETERS, target + i] = math.asin(partial) if ma else math.atanh(partial)
-
-
-@cold
 def hannan_rissanen(w: Any, s: Any, o: Any) -> None:
     """Starting values: a regression of the series on its lags and those of its innovations."""
-    p, q, sp, sq, season = o[AR], o[MA], o[SAR], o[SMA], o[SEASON]
-    ar_order, ma_order, steps = p + season * sp, q + season * sq, w.note[STEPS]
-    begins = ar_order
+    ar_order, ma_order = o[AR] + o[SEASON] * o[SAR], o[MA] + o[SEASON] * o[SMA]
+    begins, steps = ar_order, w.note[STEPS]
     if ma_order > 0:
-        order = long_order(ar_order + ma_order, steps)
+        order = max(ar_order + ma_order, int(10.0 * math.log10(steps)))
+        order = max(min(order, steps // 3), 1)
         burg(w, order)
         begins = max(begins, order + ma_order)
-    regress_on_lags(w, o, begins, p + q + sp + sq)
-    take_polynomial(w, s, p, 1, 0, False)
-    take_polynomial(w, s, q, 1 + p + sp, p, True)
-    take_polynomial(w, s, sp, 1 + p, p + q, False)
-    take_polynomial(w, s, sq, 1 + p + sp + q, p + q + sp, True)
+    regress_on_lags(w, o, begins, o[AR] + o[MA] + o[SAR] + o[SMA])
+    first = 0
+    for k in range(4):
+        ma = k % 2 == MA
+        for i in range(o[k]):
+            w.lag[SHORT, i] = -w.gram[LAST, 1 + first + i] if ma else w.gram[LAST, 1 + first + i]
+        shrink(w.lag, o[k])
+        for i in range(o[k]):
+            partial = w.lag[SEASONAL, i] / _EDGE
+            s.table[0, PARAMETERS, first + i] = math.asin(partial) if ma else math.atanh(partial)
+        first += o[k]
 
 
-@cold
-def long_order(orders: int, steps: int) -> int:
-    """Order of the long autoregression."""
-    wanted = max(orders, int(10.0 * math.log10(max(steps, 1))))
-    return max(min(wanted, steps // 3), 1)
-
-
-@cold
-def climb(w: Any, s: Any, o: Any, limits: Any, dim: int, known: float, best: Any, j: int) -> None:
-    """Search from the parameters in place; gives up on the way to the optimum known already."""
-    points = INVERSE + s.table.shape[2]
+@glue
+def near(s: Any, best: Any, j: int, dim: int) -> bool:
+    """Whether a search has come close to parameters that are known."""
     for i in range(dim):
-        s.table[0, SIZE, i] = 1.0
-    asked = begin(s, 0, dim)
-    while asked > 0:
-        for k in range(asked):
-            s.number[0, ANSWERS + k] = likelihood(w, o, s.table, 0, points + k)
-        asked = advance(s, 0, limits)
-        if s.note[0, PHASE] == DIFFERENCE and s.number[0, OBJECTIVE] <= known:
-            near = True
-            for i in range(dim):
-                near = near and abs(s.table[0, PARAMETERS, i] - best[j, i]) < _NEAR
-            if near:
-                asked = 0
+        if not abs(s.table[0, PARAMETERS, i] - best[j, i]) < _NEAR:
+            return False
+    return True
+
+
+@glue
+def keep_best(s: Any, out: Any, j: int, dim: int, known: float, first: bool) -> float:
+    """Take the end of a search over if it is higher; returns the highest objective."""
+    out.note[j, EVALUATIONS] += s.note[0, N_EVALUATIONS]
+    value = s.number[0, OBJECTIVE]
+    if first or value > known:
+        out.note[j, ENDED], out.note[j, ITERATIONS] = s.note[0, END], s.note[0, N_ITER]
+        for i in range(dim):
+            out.theta[j, i] = s.table[0, PARAMETERS, i]
+        for i in range(s.note[0, N_ITER] + 1 if out.trace.shape[1] > 0 else 0):
+            out.trace[i, j] = s.trace[i, 0]
+    return value if value > known else known
 
 
 @cold
-def finish(w: Any, s: Any, o: Any, out: Any, j: int, dim: int) -> None:
-    """Variance, trend and regression coefficients at the optimum, in the free parameters' units."""
-    for i in range(dim):
-        s.table[0, PARAMETERS, i] = out.theta[j, i]
-    out.number[j, LOGLIK] = likelihood(w, o, s.table, 0, PARAMETERS)
-    out.number[j, SIGMA2] = w.number[VARIANCE]
+def finish(w: Any, o: Any, theta: Any, j: int, dim: int) -> None:
+    """Trend and regression coefficients after a likelihood, as the free parameters have them."""
     regress(w)
     for c in range(1, w.note[COLUMNS] - w.note[PULSES]):
-        out.theta[j, dim + c - 1] = w.coef[0, c] + w.coef[1, c]
+        theta[j, dim + c - 1] = w.gram[FIRST, c] + w.gram[LAST, c]
     if o[TREND] == 3:  # the mean is a line with an intercept of its own at step 0
         total, sloped = 1.0, 0.0
-        for k in range(o[AR] + o[SEASON] * o[SAR]):
-            total -= w.poly[PHI, k]
-            sloped += (k + 1) * w.poly[PHI, k]
-        out.theta[j, dim] -= out.theta[j, dim + 1] * sloped / total
+        for k in range(w.note[AR_LAGS]):
+            total -= w.lag[PHI, k]
+            sloped += (k + 1) * w.lag[PHI, k]
+        theta[j, dim] -= theta[j, dim + 1] * sloped / total
 
 
 def bind_fit(digest: str) -> Callable[..., None]:
     """The loop over a range of jobs, keyed by a digest of its sources."""
 
     def fit_range(start: int, stop: int, jobs: Any, w: Any, s: Any, limits: Any, out: Any) -> None:
-        """Fit jobs start..stop-1."""
+        """Fit jobs start..stop-1: a search from every start, then the likelihood at the best."""
         _ = digest
+        points, given = INVERSE + s.table.shape[2], jobs.start.shape[0] > 0
         for j in range(start, stop):
-            o = jobs.orders[j]
+            o, n = jobs.orders[j], jobs.series[j]
             dim = o[AR] + o[MA] + o[SAR] + o[SMA]
-            out.note[j, DONE] = load_problem(w, o, jobs, jobs.series[j])
-            if out.note[j, DONE] == 0:
+            if not load_series(w, o, jobs.x, n, jobs.lengths[n]):
                 continue
-            given = jobs.start.shape[0] > 0
-            out.note[j, EVALUATIONS], known = 0, -math.inf
-            for k in range(1 if dim == 0 or given else 2):
+            load_columns(w, o, jobs.u, n)
+            if not regress_first(w, o):
+                continue
+            out.note[j, DONE], known = 1, -math.inf
+            starts = 1 if dim == 0 or given else 2
+            for k in range(starts + 1):
                 for i in range(dim):
+                    s.table[0, SIZE, i] = 1.0
                     s.table[0, PARAMETERS, i] = jobs.start[j, i] if given else 0.0
+                    if k == starts:
+                        s.table[0, PARAMETERS, i] = out.theta[j, i]
                 if k == 0 and not given:
                     hannan_rissanen(w, s, o)
-                climb(w, s, o, limits, dim, known, out.theta, j)
-                out.note[j, EVALUATIONS] += s.note[0, N_EVALUATIONS]
-                if k == 0 or s.number[0, OBJECTIVE] > known:
-                    if s.note[0, END] != NO_START:
-                        known = s.number[0, OBJECTIVE]
-                    out.note[j, ENDED] = s.note[0, END]
-                    out.note[j, ITERATIONS] = s.note[0, N_ITER]
-                    for i in range(dim):
-                        out.theta[j, i] = s.table[0, PARAMETERS, i]
-                    for i in range(s.note[0, N_ITER] + 1 if out.trace.shape[1] > 0 else 0):
-                        out.trace[i, j] = s.trace[i, 0]
-            finish(w, s, o, out, j, dim)
+                asked = begin(s, 0, dim)
+                while asked > 0:
+                    for i in range(asked):
+                        s.number[0, ANSWERS + i] = likelihood(w, o, s.table, 0, points + i)
+                    if k == starts:
+                        break
+                    asked = advance(s, 0, limits)
+                    if s.note[0, PHASE] == DIFFERENCE and s.number[0, OBJECTIVE] <= known:
+                        if near(s, out.theta, j, dim):
+                            break  # on its way, from below, to the optimum that is known
+                if k < starts:
+                    known = keep_best(s, out, j, dim, known, k == 0)
+            out.number[j, LOGLIK], out.number[j, SIGMA2] = s.number[0, ANSWERS], w.number[VARIANCE]
+            finish(w, o, out.theta, j, dim)
 
     return fit_range

@@ -157,7 +157,7 @@ def _run(jobs: Jobs, specs: Sequence[ArimaSpec], limits: Limits, out: Results) -
 
 def _order(spec: ArimaSpec) -> tuple[int, ...]:
     """A specification as the compiled loop reads it."""
-    orders = (spec.p, spec.d, spec.q, spec.P, spec.D, spec.Q, spec.s)
+    orders = (spec.p, spec.q, spec.P, spec.Q, spec.s, spec.d, spec.D)
     return (*orders, TRENDS.index(spec.trend), spec.n_inputs)
 
 

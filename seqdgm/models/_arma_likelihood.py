@@ -37,13 +37,20 @@ import numpy as np
 from seqdgm.kernels.cpu_steps import cold, glue
 from seqdgm.models._arima_spec import _EDGE
 
-AR, DIFF, MA, SAR, SDIFF, SMA, SEASON, TREND, INPUTS = range(9)  # columns of the orders
-# Rows of the polynomial table: coefficients at lags 1, 2, ...; impulse responses and
-# autocovariances at lags 0, 1, ...; gain and second vector of the recursion; scratch.
-PHI, THETA, PSI, GAMMA, GAIN, NEXT, SHORT, SEASONAL = range(8)
+AR, MA, SAR, SMA, SEASON, DIFF, SDIFF, TREND, INPUTS = range(9)  # columns of the orders
+# Rows of the table over lags: coefficients at lags 1, 2, ...; impulse responses and autocovariances
+# at lags 0, 1, ...; gain and second vector of the recursion; scratch. Then the states of all
+# columns, and a square matrix.
+PHI, THETA, PSI, GAMMA, GAIN, NEXT, SHORT, SEASONAL, STATE = range(9)
+# Rows of the table over time: series without its first regression, scratch, and the columns that
+# are whitened: the series, trend, regressors, pulses.
+BASE, LINE, FORWARD, BACKWARD, COLUMN = range(5)
+# Rows of the table over columns: coefficients of the first regression and of the last one, values
+# at one step, and cross-products (or what elimination has left of them).
+FIRST, LAST, STEP, GRAM = range(4)
 VARIANCE, LOGDET, QUAD, FLOOR = range(4)  # real numbers of the problem at hand
-STEPS, COLUMNS, PULSES, OFFSET, SINGULAR = range(5)  # its integers
-LINE, FORWARD, BACKWARD = range(3)  # rows of the scratch memory
+# Its integers, and from there on the first steps at which columns are not zero.
+STEPS, COLUMNS, PULSES, OFFSET, SINGULAR, AR_LAGS, LAGS, BEGINS = range(8)
 
 _SETTLED = 1e-9  # the gain changes by the square of what y has fallen to
 _COLLINEAR = 1e-12  # part of a column that the others leave, below which it is theirs
@@ -51,221 +58,172 @@ _LOG_2PI = math.log(2.0 * math.pi)
 
 
 class Work(NamedTuple):
-    """Memory for one problem at a time."""
+    """Memory for one problem at a time; few arrays, because each costs time to compile."""
 
-    poly: np.ndarray  # (8, largest lag + 2)
-    matrix: np.ndarray  # (lags + 1, lags + 1)
-    columns: np.ndarray  # series, trend, regressors, pulses (columns, time)
-    base: np.ndarray  # series without its first regression (time,)
-    state: np.ndarray  # predicted states (columns, largest lag + 2)
-    gram: np.ndarray  # cross-products of whitened columns, then what elimination leaves
-    coef: np.ndarray  # row 0: first regression; row 1: the last elimination; row 2: v (3, columns)
-    first: np.ndarray  # first step at which a column is not zero (columns,)
-    scratch: np.ndarray  # (3, time)
-    number: np.ndarray  # (4,)
-    note: np.ndarray  # (5,)
+    lag: np.ndarray  # (STATE + columns + lags + 1, lags + 2)
+    time: np.ndarray  # (COLUMN + columns, time)
+    gram: np.ndarray  # (GRAM + regressors, regressors)
+    number: np.ndarray
+    note: np.ndarray
 
 
-def make_work(lags: int, columns: int, products: int, steps: int) -> Work:
+def make_work(lags: int, columns: int, regressors: int, steps: int) -> Work:
     """Allocate memory for so many lags, columns, regressors in any regression, and steps."""
     return Work(
-        np.zeros((8, lags + 2)),
-        np.empty((lags + 1, lags + 1)),
-        np.zeros((columns, steps)),
-        np.empty(steps),
-        np.empty((columns, lags + 2)),
-        np.empty((products, products)),
-        np.zeros((3, products)),
-        np.zeros(columns, np.int64),
-        np.empty((3, steps)),
+        np.zeros((STATE + columns + lags + 1, lags + 2)),
+        np.zeros((COLUMN + columns, steps)),
+        np.zeros((GRAM + regressors, regressors)),
         np.zeros(4),
-        np.zeros(5, np.int64),
+        np.zeros(BEGINS + columns, np.int64),
     )
 
 
 @cold
-def from_partial(poly: Any, row: int, order: int) -> None:
+def from_partial(lag: Any, row: int, order: int) -> None:
     """AR coefficients in place of partial autocorrelations (Durbin and Levinson)."""
     for k in range(1, order):
-        last = poly[row, k]
+        last = lag[row, k]
         for j in range((k + 1) // 2):
-            a, b = poly[row, j], poly[row, k - 1 - j]
-            poly[row, j] = a - last * b
-            poly[row, k - 1 - j] = b - last * a
-
-
-@cold
-def multiply(poly: Any, row: int, order: int, seasonal: int, s: int, cross: float) -> None:
-    """Coefficients of the product of the polynomials in SHORT and SEASONAL, by lag from 1."""
-    for lag in range(poly.shape[1]):
-        poly[row, lag] = 0.0
-    for i in range(order):
-        poly[row, i] = poly[SHORT, i]
-    for j in range(seasonal):
-        lag = s * (j + 1)
-        poly[row, lag - 1] += poly[SEASONAL, j]
-        for i in range(order):
-            poly[row, lag + i] += cross * poly[SHORT, i] * poly[SEASONAL, j]
+            a, b = lag[row, j], lag[row, k - 1 - j]
+            lag[row, j] = a - last * b
+            lag[row, k - 1 - j] = b - last * a
 
 
 @cold
 def load_polynomials(w: Any, o: Any, table: Any, n: int, row: int) -> None:
     """Coefficients of the free vector ``table[n, row]``, as `constrain` defines them."""
-    p, q, sp = o[AR], o[MA], o[SAR]
-    for i in range(p):
-        w.poly[SHORT, i] = _EDGE * math.tanh(table[n, row, i])
-    for i in range(sp):
-        w.poly[SEASONAL, i] = _EDGE * math.tanh(table[n, row, p + q + i])
-    from_partial(w.poly, SHORT, p)
-    from_partial(w.poly, SEASONAL, sp)
-    multiply(w.poly, PHI, p, sp, o[SEASON], -1.0)
-    for i in range(q):
-        w.poly[SHORT, i] = _EDGE * math.sin(table[n, row, p + i])
-    for i in range(o[SMA]):
-        w.poly[SEASONAL, i] = _EDGE * math.sin(table[n, row, p + q + sp + i])
-    from_partial(w.poly, SHORT, q)
-    from_partial(w.poly, SEASONAL, o[SMA])
-    for i in range(q):
-        w.poly[SHORT, i] *= -1.0
-    for i in range(o[SMA]):
-        w.poly[SEASONAL, i] *= -1.0
-    multiply(w.poly, THETA, q, o[SMA], o[SEASON], 1.0)
+    for ma in range(2):
+        source = o[AR] if ma else 0
+        for half in range(2):
+            order = o[2 * half + ma]
+            for i in range(order):
+                x = table[n, row, source + i]
+                w.lag[SHORT + half, i] = _EDGE * (math.sin(x) if ma else math.tanh(x))
+            from_partial(w.lag, SHORT + half, order)
+            source += o[MA] + o[SAR]
+        sign = -1.0 if ma else 1.0
+        for i in range(w.lag.shape[1]):
+            w.lag[PHI + ma, i] = sign * w.lag[SHORT, i] if i < o[ma] else 0.0
+        for j in range(o[SAR + ma]):
+            first = o[SEASON] * (j + 1)
+            w.lag[PHI + ma, first - 1] += sign * w.lag[SEASONAL, j]
+            for i in range(o[ma]):
+                w.lag[PHI + ma, first + i] -= sign * w.lag[SHORT, i] * sign * w.lag[SEASONAL, j]
 
 
 @cold
-def solve(matrix: Any, poly: Any, size: int) -> None:
-    """Solve for ``poly[GAMMA]`` in place by elimination with row exchanges."""
+def solve(lag: Any, size: int) -> None:
+    """Solve for row GAMMA in place by elimination with row exchanges."""
+    m = lag.shape[0] - lag.shape[1] + 1
     for k in range(size):
         pivot = k
         for i in range(k + 1, size):
-            if abs(matrix[i, k]) > abs(matrix[pivot, k]):
+            if abs(lag[m + i, k]) > abs(lag[m + pivot, k]):
                 pivot = i
         if pivot != k:
-            poly[GAMMA, k], poly[GAMMA, pivot] = poly[GAMMA, pivot], poly[GAMMA, k]
+            lag[GAMMA, k], lag[GAMMA, pivot] = lag[GAMMA, pivot], lag[GAMMA, k]
             for j in range(k, size):
-                matrix[k, j], matrix[pivot, j] = matrix[pivot, j], matrix[k, j]
+                lag[m + k, j], lag[m + pivot, j] = lag[m + pivot, j], lag[m + k, j]
         for i in range(k + 1, size):
-            if matrix[i, k] != 0.0:
-                c = matrix[i, k] / matrix[k, k]
+            if lag[m + i, k] != 0.0:
+                c = lag[m + i, k] / lag[m + k, k]
                 for j in range(k + 1, size):
-                    matrix[i, j] -= c * matrix[k, j]
-                poly[GAMMA, i] -= c * poly[GAMMA, k]
+                    lag[m + i, j] -= c * lag[m + k, j]
+                lag[GAMMA, i] -= c * lag[GAMMA, k]
     for k in range(size - 1, -1, -1):
-        total = poly[GAMMA, k]
+        total = lag[GAMMA, k]
         for j in range(k + 1, size):
-            total -= matrix[k, j] * poly[GAMMA, j]
-        poly[GAMMA, k] = total / matrix[k, k]
+            total -= lag[m + k, j] * lag[GAMMA, j]
+        lag[GAMMA, k] = total / lag[m + k, k]
 
 
 @cold
-def start_gain(w: Any, p: int, q: int) -> None:
+def start_gain(lag: Any, p: int, q: int) -> None:
     """Autocovariances of the process, and the gain of the first step."""
-    poly, matrix = w.poly, w.matrix
-    poly[PSI, 0] = 1.0
-    for k in range(1, q + 1):
-        total = poly[THETA, k - 1]
+    m = lag.shape[0] - lag.shape[1] + 1
+    for k in range(q + 1):
+        total = lag[THETA, k - 1] if k > 0 else 1.0
         for j in range(1, min(k, p) + 1):
-            total += poly[PHI, j - 1] * poly[PSI, k - j]
-        poly[PSI, k] = total
-    for k in range(p + 1):
-        total = poly[PSI, 0] if k == 0 else 0.0
-        for j in range(max(k, 1), q + 1):
-            total += poly[THETA, j - 1] * poly[PSI, j - k]
-        poly[GAMMA, k] = total
-    if p > 0:  # sum_j a_j gamma_|k-j| = sum_j theta_j psi_{j-k}
-        for k in range(p + 1):
-            for j in range(p + 1):
-                matrix[k, j] = 0.0
-            matrix[k, k] = 1.0
-            for j in range(1, p + 1):
-                matrix[k, abs(k - j)] -= poly[PHI, j - 1]
-        solve(matrix, poly, p + 1)
+            total += lag[PHI, j - 1] * lag[PSI, k - j]
+        lag[PSI, k] = total
+    for k in range(p + 1):  # sum_j a_j gamma_|k-j| = sum_j theta_j psi_{j-k}
+        total = 0.0
+        for j in range(k, q + 1):
+            total += (lag[THETA, j - 1] if j > 0 else 1.0) * lag[PSI, j - k]
+        lag[GAMMA, k] = total
+        for j in range(p + 1):
+            lag[m + k, j] = 0.0
+        for j in range(p + 1):
+            lag[m + k, abs(k - j)] -= lag[PHI, j - 1] if j > 0 else -1.0
+    solve(lag, p + 1)
     for i in range(max(p, q)):
         total = 0.0
         for j in range(i, p):
-            total += poly[PHI, j] * poly[GAMMA, j - i]
+            total += lag[PHI, j] * lag[GAMMA, j - i]
         for j in range(i, q):
-            total += poly[THETA, j] * poly[PSI, j - i]
-        poly[GAIN, i] = total / poly[GAMMA, 0]
-        poly[NEXT, i] = poly[GAIN, i]
-    poly[NEXT, max(p, q)] = 0.0
+            total += lag[THETA, j] * lag[PSI, j - i]
+        lag[GAIN, i] = lag[NEXT, i] = total / lag[GAMMA, 0]
+    lag[NEXT, max(p, q)] = 0.0
 
 
 @glue
-def rotate(poly: Any, r: int, f: float) -> float:
+def rotate(lag: Any, r: int, f: float) -> float:
     """Gain of the next step; returns its innovation variance."""
-    rho = poly[NEXT, 0]
+    rho = lag[NEXT, 0]
     left = 1.0 - rho * rho
     for i in range(r):
-        z = poly[PHI, i] * rho + poly[NEXT, i + 1]
-        k = (poly[GAIN, i] - rho * z) / left
-        poly[GAIN, i] = k
-        poly[NEXT, i] = z - rho * k
+        z = lag[PHI, i] * rho + lag[NEXT, i + 1]
+        k = (lag[GAIN, i] - rho * z) / left
+        lag[GAIN, i] = k
+        lag[NEXT, i] = z - rho * k
     return f * left
 
 
-@cold
-def settle(poly: Any, r: int) -> bool:
+@glue
+def settle(lag: Any, r: int) -> bool:
     """Put the gain of the infinite past in place once nothing moves any more."""
     for i in range(r):
-        if abs(poly[NEXT, i]) > _SETTLED:
+        if abs(lag[NEXT, i]) > _SETTLED:
             return False
     for i in range(r):
-        poly[GAIN, i] = poly[PHI, i] + poly[THETA, i]
+        lag[GAIN, i] = lag[PHI, i] + lag[THETA, i]
     return True
 
 
-@glue
-def predict(w: Any, c: int, v: float, r: int) -> None:
-    """Move the state of a column: F a + k v."""
-    seen = w.state[c, 0]
-    for i in range(r):
-        w.state[c, i] = w.state[c, i + 1] + w.poly[PHI, i] * seen + w.poly[GAIN, i] * v
-
-
 @cold
-def whiten(w: Any, r: int) -> None:
-    """Cross-products of the innovations of all columns, in `gram`, and the log-determinant."""
-    steps, columns = w.note[STEPS], w.note[COLUMNS]
+def whiten(w: Any) -> None:
+    """Cross-products of the innovations of all columns, and the log-determinant."""
+    steps, columns, r = w.note[STEPS], w.note[COLUMNS], w.note[LAGS]
     for c in range(columns):
         for i in range(r + 1):
-            w.state[c, i] = 0.0
+            w.lag[STATE + c, i] = 0.0
         for j in range(c + 1):
-            w.gram[c, j] = 0.0
-    f = w.poly[GAMMA, 0]
-    logdet, factor, settled, active, quad = 0.0, 1.0, False, 1, 0.0
+            w.gram[GRAM + c, j] = 0.0
+    f = w.lag[GAMMA, 0]
+    logdet, factor, settled, active = 0.0, 1.0, False, 1
     if not (f > 0.0 and f < math.inf):
         f = math.nan
     for t in range(steps):
-        while active < columns and w.first[active] <= t:
+        while active < columns and w.note[BEGINS + active] <= t:
             active += 1
-        v = w.columns[0, t] - w.state[0, 0]
-        quad += v * v / f
-        predict(w, 0, v, r)
-        if active > 1:
-            w.coef[2, 0] = v
-            cross_products(w, t, active, f, r)
+        for c in range(active):
+            seen = w.lag[STATE + c, 0]
+            v = w.time[COLUMN + c, t] - seen
+            w.gram[STEP, c] = v
+            for j in range(c + 1):
+                w.gram[GRAM + c, j] += w.gram[STEP, j] * v / f
+            for i in range(r):
+                ahead = w.lag[STATE + c, i + 1] + w.lag[PHI, i] * seen
+                w.lag[STATE + c, i] = ahead + w.lag[GAIN, i] * v
         if not settled:
             factor *= f
             if not (factor > 1e-100 and factor < 1e100):
                 logdet += math.log(factor)
                 factor = 1.0
-            f = rotate(w.poly, r, f)
-            if t % 8 == 0 and settle(w.poly, r):
+            f = rotate(w.lag, r, f)
+            if t % 8 == 0 and settle(w.lag, r):
                 settled, f = True, 1.0
-    w.gram[0, 0] = quad
     w.number[LOGDET] = logdet + math.log(factor)
-
-
-@cold
-def cross_products(w: Any, t: int, active: int, f: float, r: int) -> None:
-    """Innovations of all columns but the first, and their products."""
-    for c in range(1, active):
-        v = w.columns[c, t] - w.state[c, 0]
-        w.coef[2, c] = v
-        for j in range(c + 1):
-            w.gram[c, j] += w.coef[2, j] * v / f
-        predict(w, c, v, r)
 
 
 @cold
@@ -274,49 +232,51 @@ def eliminate(w: Any) -> None:
     columns = w.note[COLUMNS]
     w.note[SINGULAR] = 0
     for c in range(columns):
-        w.coef[2, c] = w.gram[c, c]
+        w.gram[STEP, c] = w.gram[GRAM + c, c]
     for c in range(columns - 1, 0, -1):
-        pivot, pulse = w.gram[c, c], c >= columns - w.note[PULSES]
-        if not pivot > _COLLINEAR * w.coef[2, c]:
+        pivot, pulse = w.gram[GRAM + c, c], c >= columns - w.note[PULSES]
+        if not pivot > _COLLINEAR * w.gram[STEP, c]:
             w.note[SINGULAR] += pulse
             for j in range(c + 1):
-                w.gram[c, j] = 0.0
+                w.gram[GRAM + c, j] = 0.0
             continue
         if pulse:
             w.number[LOGDET] += math.log(pivot)
         for i in range(c):
-            share = w.gram[c, i] / pivot
+            share = w.gram[GRAM + c, i] / pivot
             for j in range(i + 1):
-                w.gram[i, j] -= share * w.gram[c, j]
-    w.number[QUAD] = w.gram[0, 0]
+                w.gram[GRAM + i, j] -= share * w.gram[GRAM + c, j]
+    w.number[QUAD] = w.gram[GRAM, 0]
 
 
 @cold
 def regress(w: Any) -> None:
     """Coefficients of the columns, from what elimination has left."""
     for c in range(1, w.note[COLUMNS]):
-        total = w.gram[c, 0]
+        total, pivot = w.gram[GRAM + c, 0], w.gram[GRAM + c, c]
         for j in range(1, c):
-            total -= w.gram[c, j] * w.coef[1, j]
-        w.coef[1, c] = total / w.gram[c, c] if w.gram[c, c] > 0.0 else 0.0
+            total -= w.gram[GRAM + c, j] * w.gram[LAST, j]
+        w.gram[LAST, c] = total / pivot if pivot > 0.0 else 0.0
 
 
 @cold
-def bend_line(w: Any, o: Any, p: int) -> None:
+def bend_line(w: Any, o: Any) -> None:
     """Column of the linear trend: what its mean makes of the line after a constant past."""
-    c, offset, total = o[TREND] - 1, w.note[OFFSET], 1.0
+    p, offset, total = w.note[AR_LAGS], w.note[OFFSET], 1.0
+    row = COLUMN + o[TREND] - 1
     for j in range(p):
-        total -= w.poly[PHI, j]
+        total -= w.lag[PHI, j]
     for t in range(offset + w.note[STEPS]):
         mean = total * t if t > 0 else 1.0
         for j in range(p if t > 0 else 0):
             before = t - 1 - j
-            mean += w.poly[PHI, j] * (w.scratch[LINE, before] if before > 0 else 1.0)
-        w.scratch[LINE, t] = mean
-    for t in range(w.note[STEPS]):
-        bent, straight = w.scratch[LINE, offset + t], max(offset + t, 1)
-        w.columns[c, t] = bent
-        w.columns[0, t] = w.base[t] - w.coef[0, c] * (bent - straight)
+            mean += w.lag[PHI, j] * (w.time[LINE, before] if before > 0 else 1.0)
+        w.time[LINE, t] = mean
+        if t >= offset:
+            k, straight = t - offset, max(t, 1)
+            w.time[row, k] = mean
+            shift = w.gram[FIRST, o[TREND] - 1] * (mean - straight)
+            w.time[COLUMN, k] = w.time[BASE, k] - shift
 
 
 @cold
@@ -331,11 +291,12 @@ def likelihood(w: Any, o: Any, table: Any, n: int, row: int) -> float:
     :math:`X_m` the differenced pulses of the missing values.
     """
     p, q = o[AR] + o[SEASON] * o[SAR], o[MA] + o[SEASON] * o[SMA]
+    w.note[AR_LAGS], w.note[LAGS] = p, max(p, q)
     load_polynomials(w, o, table, n, row)
-    start_gain(w, p, q)
+    start_gain(w.lag, p, q)
     if o[TREND] >= 2:
-        bend_line(w, o, p)
-    whiten(w, max(p, q))
+        bend_line(w, o)
+    whiten(w)
     eliminate(w)
     count = w.note[STEPS] - w.note[PULSES]
     variance = w.number[QUAD] / count
