@@ -108,7 +108,7 @@ def load_polynomials(w: Any, o: Any, table: Any, n: int, row: int) -> None:
             first = o[SEASON] * (j + 1)
             w.lag[PHI + ma, first - 1] += sign * w.lag[SEASONAL, j]
             for i in range(o[ma]):
-                w.lag[PHI + ma, first + i] -= sign * w.lag[SHORT, i] * sign * w.lag[SEASONAL, j]
+                w.lag[PHI + ma, first + i] -= sign * w.lag[SHORT, i] * w.lag[SEASONAL, j]
 
 
 @cold
