@@ -100,7 +100,7 @@ def load_polynomials(w: Any, o: Any, table: Any, n: int, row: int) -> None:
                 x = table[n, row, source + i]
                 w.lag[SHORT + half, i] = _EDGE * (math.sin(x) if ma else math.tanh(x))
             from_partial(w.lag, SHORT + half, order)
-            source += o[MA] + o[SAR]
+            source += o[ma] + o[ma + 1]
         sign = -1.0 if ma else 1.0
         for i in range(w.lag.shape[1]):
             w.lag[PHI + ma, i] = sign * w.lag[SHORT, i] if i < o[ma] else 0.0
