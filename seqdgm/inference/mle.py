@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.inference.quasi_newton import maximise
@@ -54,6 +54,45 @@ class QuasiNewtonModel(Protocol):
         """Take over the optimum."""
 
 
+class SeriesFits(Protocol):
+    """What a search of the model's own has found, a row a series.
+
+    Attributes
+    ----------
+    done : ndarray of bool
+        The series that it was able to serve; the other rows mean nothing.
+    """
+
+    theta: Float[np.ndarray, "series free"]
+    log_likelihood: Float[np.ndarray, "series"]
+    sigma2: Float[np.ndarray, "series"]
+    converged: Bool[np.ndarray, "series"]
+    n_iter: Int[np.ndarray, "series"]
+    done: Bool[np.ndarray, "series"]
+    messages: tuple[str, ...]
+    trace: Float[np.ndarray, "iterations series"]
+
+
+@runtime_checkable
+class CompiledModel(QuasiNewtonModel, Protocol):
+    """A model that has the search with its own likelihood compiled in."""
+
+    def fit_series(self, batch: Batch, max_iter: int) -> SeriesFits | None:
+        """Fit every series on its own; None where the model as it stands cannot."""
+
+
+class Ends(NamedTuple):
+    """Best parameters of every system, and the way there."""
+
+    theta: Float[np.ndarray, "sys free"]
+    value: Float[np.ndarray, "sys"]
+    variance: Float[np.ndarray, "sys"]
+    converged: Bool[np.ndarray, "sys"]
+    n_iter: Int[np.ndarray, "sys"]
+    messages: tuple[str, ...]
+    trace: Float[np.ndarray, "iterations sys"]
+
+
 class Likelihood(NamedTuple):
     """Log-likelihood and the innovation variance that maximises it (1 if not concentrated)."""
 
@@ -89,6 +128,64 @@ def fit(
     """
     begin = time.perf_counter()
     check_count("max_iter", max_iter)
+    ends = None if pooled else _compiled_ends(model, batch, max_iter)
+    ends = ends or _follow(model, batch, max_iter, pooled=pooled)
+    names = ("the pooled series",) if pooled else batch.ids
+    if not np.isfinite(ends.value).any():
+        raise ValueError(
+            f"series {names[0]!r}: the likelihood is not finite at the starting values; the series "
+            "may be constant, or too short for the model"
+        )
+    messages = tuple(
+        f"series {name!r}: {message}"
+        for name, message in zip(names, ends.messages, strict=True)
+        if message
+    )
+    theta, variance = torch.from_numpy(ends.theta), torch.from_numpy(ends.variance)
+    model.set_free(theta, variance, None if pooled else batch.ids)
+    return FitReport(
+        method=method,
+        objective=tuple(np.nansum(ends.trace, axis=1).tolist()),
+        valid_objective=(),
+        converged=ends.converged,
+        n_iter=int(ends.n_iter.max(initial=0)),
+        seconds=time.perf_counter() - begin,
+        log_likelihood=ends.value,
+        messages=messages,
+    )
+
+
+def _compiled_ends(model: QuasiNewtonModel, batch: Batch, max_iter: int) -> Ends | None:
+    """Searches of the model's own where it has them, and the batched one for what they leave."""
+    fits = model.fit_series(batch, max_iter) if isinstance(model, CompiledModel) else None
+    if fits is None or not fits.done.any():
+        return None
+    found = Ends(
+        fits.theta,
+        fits.log_likelihood,
+        fits.sigma2,
+        fits.converged,
+        fits.n_iter,
+        fits.messages,
+        fits.trace,
+    )
+    left = np.flatnonzero(~fits.done)
+    if not len(left):
+        return found
+    rest = _follow(model, batch.take(torch.from_numpy(left)), max_iter, pooled=False)
+    longest = max(len(found.trace), len(rest.trace))
+    trace = np.concatenate([found.trace, found.trace[[-1] * (longest - len(found.trace))]])
+    trace[:, left] = rest.trace[[*range(len(rest.trace)), *[-1] * (longest - len(rest.trace))]]
+    messages = list(found.messages)
+    for row, message in zip(left, rest.messages, strict=True):
+        messages[row] = message
+    for kept, more in zip(found[:5], rest[:5], strict=True):
+        kept[left] = more
+    return found._replace(messages=tuple(messages), trace=trace)
+
+
+def _follow(model: QuasiNewtonModel, batch: Batch, max_iter: int, *, pooled: bool) -> Ends:
+    """Search from every starting vector of every system, all together, and take the best ends."""
     starts = model.free_start(batch, pooled=pooled)
     n_sys = starts.shape[1]
 
@@ -109,30 +206,18 @@ def fit(
     )
     value = np.where(np.isfinite(ends.value), ends.value, -np.inf).reshape(len(starts), n_sys)
     chosen = value.argmax(0) * n_sys + np.arange(n_sys)
-    theta = torch.from_numpy(ends.theta[chosen])
-    found = likelihood(model, batch, theta, torch.arange(n_sys), pooled=pooled)
-    failed = ~torch.isfinite(found.value)
-    names = ("the pooled series",) if pooled else batch.ids
-    if bool(failed.all()):
-        raise ValueError(
-            f"series {names[0]!r}: the likelihood is not finite at the starting values; the series "
-            "may be constant, or too short for the model"
-        )
-    messages = tuple(
-        f"series {name!r}: {ends.messages[k]}"
-        for name, k in zip(names, chosen, strict=True)
-        if ends.messages[k]
+    theta = ends.theta[chosen]
+    found = likelihood(
+        model, batch, torch.from_numpy(theta), torch.arange(n_sys), pooled=pooled
     )
-    model.set_free(theta, found.variance, None if pooled else batch.ids)
-    return FitReport(
-        method=method,
-        objective=tuple(np.nansum(ends.trace[:, chosen], axis=1).tolist()),
-        valid_objective=(),
-        converged=ends.converged[chosen],
-        n_iter=int(ends.n_iter[chosen].max(initial=0)),
-        seconds=time.perf_counter() - begin,
-        log_likelihood=found.value.numpy(),
-        messages=messages,
+    return Ends(
+        theta,
+        found.value.numpy(),
+        found.variance.numpy(),
+        ends.converged[chosen],
+        ends.n_iter[chosen],
+        tuple(ends.messages[k] for k in chosen),
+        ends.trace[:, chosen],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from seqdgm.models._arima import (
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
 from seqdgm.types import Batch
+
+if TYPE_CHECKING:
+    from seqdgm.models._arima_fit import Fits
 
 
 class _ArimaBase(StateSpaceModel):
@@ -96,6 +99,16 @@ class _ArimaBase(StateSpaceModel):
         if len(sigma2) > 1:
             coefficients, sigma2 = coefficients[rows], sigma2[rows]
         return self._build_system(coefficients.numpy(), sigma2.numpy(), u)
+
+    def fit_series(self, batch: Batch, max_iter: int) -> Fits | None:
+        """Fit every series on its own by the compiled search, which knows no fixed parameters."""
+        spec = self.spec_
+        if not self.concentrated or spec.n_free < spec.n_arma + spec.n_trend + spec.n_inputs:
+            return None
+        from seqdgm.models._arima_fit import fit_jobs
+
+        x, u = self._arrays(batch)
+        return fit_jobs(spec, x, batch.lengths.numpy(), u, max_iter=max_iter, trace=True)
 
     def free_start(self, batch: Batch, *, pooled: bool) -> Float[np.ndarray, "starts sys free"]:
         """Hannan-Rissanen values, and the same without ARMA terms: likelihoods have several tops.
