@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from seqdgm.prepare import (
 from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
 from seqdgm.transform import Transform, check_positive, fit_transform
 from seqdgm.types import Batch, States, check_count, draw_seed, make_generator, seeded
+
+if TYPE_CHECKING:
+    from seqdgm.inference.online import Online
 
 Seed = int | torch.Generator | None
 
@@ -266,9 +269,18 @@ class SequenceModel(nn.Module):
         method: str = "auto",
         n_particles: int = 1000,
         seed: Seed = None,
+        lag: int | None = None,
     ) -> StatePosterior:
-        """Posterior of each state given all observations; parameters as in `filter`."""
-        return self._states("smooth", y, inputs, method, n_particles, seed)
+        """Posterior of each state given all observations; parameters as in `filter`.
+
+        With `lag`, given the observations up to so many steps after the state's own (fixed-lag
+        smoothing, by the engine ``"kalman"``).
+        """
+        if lag is None:
+            return self._states("smooth", y, inputs, method, n_particles, seed)
+        if method not in ("auto", "kalman"):
+            raise ValueError(f"lag={lag!r} needs method='kalman', not {method!r}")
+        return self._states("smooth", y, inputs, "kalman", n_particles, seed, lag=lag)
 
     def log_prob(
         self,
@@ -430,6 +442,24 @@ class SequenceModel(nn.Module):
         self.data_, self.inputs_ = data, u
         return self
 
+    def online(self, n_series: int | None = None) -> Online:
+        """Filter from here on one observation at a time, in constant memory and time.
+
+        The object starts from the filtered state of the data the model holds, or from the initial
+        state if it holds none. Its ``step(x)`` returns the state given `x` too, and the forecast of
+        the observation after it; see `seqdgm.inference.online.Online`.
+
+        Parameters
+        ----------
+        n_series : int, optional
+            Series to take at a time, for a model without data; default those with parameters of
+            their own, else one.
+        """
+        from seqdgm.inference.online import begin
+
+        self._check_ready()
+        return begin(self, n_series)
+
     def summary(self) -> str:
         """Describe the model and how it was fitted, as text."""
         from seqdgm.summary import summarise
@@ -465,16 +495,22 @@ class SequenceModel(nn.Module):
         return prepare(self, y, inputs, horizon)
 
     def _states(
-        self, verb: str, y: Any, inputs: Any, method: str, n_particles: int, seed: Seed
+        self,
+        verb: str,
+        y: Any,
+        inputs: Any,
+        method: str,
+        n_particles: int,
+        seed: Seed,
+        **options: Any,
     ) -> StatePosterior:
         from seqdgm.inference import find_engine
 
         check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
-        engine = find_engine(self, method, verb)
-        states = getattr(engine, verb)(
-            self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
-        )
+        run = getattr(find_engine(self, method, verb), verb)
+        generator = make_generator(seed, self.device)
+        states = run(self, batch, n_particles=n_particles, generator=generator, **options)
         kind = "filtered" if verb == "filter" else "smoothed"
         return self._posterior(states, panel, kind, transform)
 

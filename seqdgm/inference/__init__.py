@@ -43,7 +43,11 @@ def find_engine(model: SequenceModel, method: str, verb: str) -> ModuleType:
             engine = import_module(ENGINES[name])
             if hasattr(engine, verb):
                 return engine
-    elif method in model.engines:
+        raise ValueError(
+            f"{type(model).__name__} has no {verb}: none of its engines {list(model.engines)} "
+            "offers it"
+        )
+    if method in model.engines:
         engine = import_module(ENGINES[method])
         if hasattr(engine, verb):
             return engine

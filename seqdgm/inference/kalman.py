@@ -17,6 +17,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,7 +27,9 @@ from seqdgm.kernels.types import System
 from seqdgm.types import Batch, Evidence, Gaussian, Prediction, States
 
 if TYPE_CHECKING:
+    from seqdgm.inference.online import Online
     from seqdgm.recursion import StateSpaceModel
+    from seqdgm.transform import Transform
 
 
 @cache
@@ -53,10 +56,23 @@ def filter(
 
 
 def smooth(
-    model: StateSpaceModel, batch: Batch, *, n_particles: int, generator: torch.Generator
+    model: StateSpaceModel,
+    batch: Batch,
+    *,
+    n_particles: int,
+    generator: torch.Generator,
+    lag: int | None = None,
 ) -> States:
-    """Exact smoothing moments, and joint draws by the simulation smoother."""
+    """Exact smoothing moments, and joint draws by the simulation smoother.
+
+    With `lag`, moments given the observations up to so many steps later, which have no joint law.
+    """
     system = _system(model, batch)
+    if lag is not None:
+        from seqdgm.inference.disturbances import fixed_lag
+
+        loglik, mean, cov = fixed_lag(system, batch.x, batch.mask, batch.lengths, lag)
+        return States(mean, cov, loglik)
     out = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=False)
     _check_proper(out.rank_left, batch)
 
@@ -152,6 +168,38 @@ def impute(
         return x + _correlated(noise[:, None].expand(-1, n, -1, -1, -1), generator)
 
     return Gaussian(mean, variance.clamp_min(0.0), draw)
+
+
+def online(
+    model: StateSpaceModel,
+    batch: Batch,
+    *,
+    transform: Transform,
+    log_jacobian: Float[np.ndarray, "series"],
+) -> Online:
+    """Filter the data, which may have no steps, and go on from there one observation at a time."""
+    from seqdgm.inference.online import Online, affine_form
+
+    whole = model.linear_gaussian(batch.u, batch.rows)
+    loglik = log_jacobian
+    start = whole
+    if batch.n_steps:
+        system = _until(whole, batch.n_steps)
+        out = kalman_filter(system, batch.x, batch.mask, batch.lengths, store="last")
+        assert out.mean is not None
+        assert out.cov is not None
+        diffuse = torch.zeros_like(out.cov) if out.cov_inf is None else out.cov_inf
+        start = whole._replace(m0=out.mean[:, 0], P0=out.cov[:, 0], Pinf=diffuse[:, 0])
+        loglik = loglik + out.loglik.numpy()
+    return Online(
+        affine_form(model, batch.rows, batch.u.shape[2]),
+        start,
+        transform,
+        loglik,
+        batch.lengths.numpy().copy(),
+        batch.ids,
+        batch.u.shape[2],
+    )
 
 
 def conditional_emission(
