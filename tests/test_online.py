@@ -241,3 +241,26 @@ def test_a_lag_reaches_the_smoother_through_the_verb() -> None:
         lagged.sample(1)
     with pytest.raises(ValueError, match="lag=3 needs method='kalman'"):
         trend().smooth(WALK, lag=3, method="particle")
+
+
+def test_ways_to_go_on_equal_those_of_statsmodels() -> None:
+    """append is update, apply is y=, extend is online; as the documents say."""
+    from statsmodels.tsa.statespace.sarimax import SARIMAX
+
+    y = WALK - 20.0
+    old, new, other = y[:40], y[40:], y[20:50]
+    reference = SARIMAX(old, order=(1, 0, 0), measurement_error=True)
+    fitted = reference.filter([0.8, 0.3, 0.5])
+    held = sq.LinearGaussianSSM(
+        F=[[0.8]], H=[[1.0]], Q=[[0.5]], R=[[0.3]], m0=[0.0], P0=[[0.5 / (1 - 0.8**2)]]
+    ).fit(old)
+    online = held.online()
+    for x in new:
+        state, _ = online.step(x)
+    extended = fitted.extend(new)
+    same(state.mean[0], extended.filtered_state[:, -1])
+    same(state.cov[0], extended.filtered_state_cov[:, :, -1])
+    same(held.forecast(len(new)).log_prob(new).value, extended.llf)
+    same(held.filter(other).mean[0], fitted.apply(other).filtered_state.T)
+    same(held.update(new).filter().mean[0], fitted.append(new).filtered_state.T)
+    same(held.log_prob().value, fitted.append(new).llf)
