@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels import cpu_adjoint, cpu_score, cpu_steps, kalman_filter, types
+from seqdgm.kernels.cached import compiled, digest
 from seqdgm.kernels.cpu_adjoint import Kept, make_gains, make_pull
 from seqdgm.kernels.cpu_score import Errors
 from seqdgm.kernels.types import Filtered, System
@@ -152,12 +150,8 @@ def _filter(
 @cache
 def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """The compiled loops, cached on disk and bound to a digest of all their sources."""
-    modules = (types, cpu_steps, cpu_adjoint, cpu_score)
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    digest = sha256(sources).hexdigest()
-    options = {"cache": True, "nogil": True, **cpu_steps.OPTIONS}
-    score, lag = cpu_score.bind_score(digest), cpu_score.bind_lag(digest)
-    return numba.njit(**options)(score), numba.njit(**options)(lag)
+    key = digest(types, cpu_steps, cpu_adjoint, cpu_score)
+    return compiled(cpu_score.bind_score(key)), compiled(cpu_score.bind_lag(key))
 
 
 def _spread(run: Callable[[int, int], Any], n: int, work: int) -> list[Any]:
