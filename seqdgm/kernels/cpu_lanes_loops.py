@@ -54,7 +54,8 @@ _STRIP = 32  # steps whose lanes stay in the nearest cache while they are brough
 
 # No kernel allocates, so reference counting can be switched off.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
-cold = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **OPTIONS}
+cold = numba.njit(**_INNER)
 
 
 class Panel(NamedTuple):

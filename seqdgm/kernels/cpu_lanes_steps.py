@@ -2,8 +2,8 @@
 
 They are those of `seqdgm.kernels.cpu_steps` and `seqdgm.kernels.cpu_smoother`, with the same
 decisions by the same tolerances, where a choice between two values stands for every branch. An
-element that is missing has gain 0, and so changes nothing. Symmetric matrices lie in memory as their
-lower triangle, row by row. The functions are run when a loop is compiled (see
+element that is missing has gain 0, and so changes nothing. Symmetric matrices lie in memory as
+their lower triangle, row by row. The functions are run when a loop is compiled (see
 `seqdgm.kernels.cpu_lanes_vector`); `Z` is the size of the state.
 """
 
@@ -17,8 +17,8 @@ from operator import or_
 from seqdgm.kernels.cpu_lanes_vector import Flags, Lanes, Memory, emitted
 from seqdgm.kernels.types import CONFLICT, DIFFUSE, DIFFUSE_SCALE, ROUNDING
 
-# Totals of a block; the product of the variances is m 2^e with 1 <= m < 2, and LEFT counts the steps
-# that a series has left, the present one included.
+# Totals of a block; the product of the variances is m 2^e with 1 <= m < 2, and LEFT counts the
+# steps that a series has left, the present one included.
 PRODUCT, EXPONENT, QUAD, N_OBS, N_DIFFUSE, RANK, LEFT = range(7)
 N_TOTALS = 7
 # What is noted of an observation; the last three for those of diffuse steps only.
@@ -332,7 +332,7 @@ def _amplitudes(A: Matrix) -> list[Lanes]:
 
 
 def _keep_rows(s: State, A: Matrix, bounds: Vector, Z: int) -> Flags:
-    """Store a factor without the rows that have cancelled to rounding error; whether any is left."""
+    """Store a factor without the rows that have cancelled to rounding error; is any left."""
     kept = [_norm(row) > DIFFUSE * bound for row, bound in zip(A, bounds, strict=True)]
     for i in range(Z):
         s.factor.part(i * Z).set([kept[i].choose(x, 0.0) for x in A[i]])
@@ -470,7 +470,7 @@ def pull(Z: int, back: Memory, h_: Memory, K_: Memory, note: Memory) -> None:
 
 @emitted
 def pull_diffuse(Z: int, back: Memory, h_: Memory, K_: Memory, K1_: Memory, note: Memory) -> None:
-    """The same, power by power of 1 / kappa; an ordinary observation has K1 = 0 and 1 / f_inf = 0."""
+    """The same, power by power of 1 / kappa; K1 and 1 / f_inf of ordinary observations are 0."""
     b, h, K, K1 = Back(back, Z), h_.get(Z), K_.get(Z), K1_.get(Z)
     r, r1 = b.r[0].get(Z), b.r[1].get(Z)
     N = [symmetric(memory, Z) for memory in b.N]

@@ -74,7 +74,7 @@ class Flags:
 
     @contextmanager
     def where_any(self) -> Iterator[None]:
-        """Skip the body where no flag is set; it may change memory, but not make lanes for later."""
+        """Skip the body if no flag is set; it may change memory, but not make lanes for later."""
         with self.builder.if_then(self.some(), likely=False):
             yield
 
@@ -221,8 +221,7 @@ def emitted(write: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=True)(typed)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def local(_context: Any, size: Any) -> Any:
+def _local(context: Any, size: Any) -> Any:
     """Memory for a constant number of lanes, which lives as long as the loop that asks for it."""
 
     def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
@@ -232,8 +231,7 @@ def local(_context: Any, size: Any) -> Any:
     return pointer(size), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def at(_context: Any, array: Any, start: Any) -> Any:
+def _at(context: Any, array: Any, start: Any) -> Any:
     """The lanes number `start` and later in the memory of an `aligned` array."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -242,3 +240,7 @@ def at(_context: Any, array: Any, start: Any) -> Any:
         return builder.bitcast(builder.gep(data, [args[1]]), context.get_value_type(pointer))
 
     return pointer(array, types.int64), generate
+
+
+local: Any = intrinsic(prefer_literal=True)(_local)
+at: Any = intrinsic(_at)
