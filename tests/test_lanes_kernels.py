@@ -141,8 +141,8 @@ def test_subnormal_and_infinite_variances() -> None:
     x = torch.zeros(2, 3, 1).double()
     tiny = filtered(walk(F=0.0, Q=0.0, R=2.0**-1023, P0=0.0), x)
     close(tiny.logdet, [3 * -1023 * math.log(2.0)] * 2, 1e-14)
-    assert bool((filtered(walk(R=math.inf), x).logdet == math.inf).all())
-    assert bool(filtered(walk(R=math.nan), x).loglik.isnan().all())
+    for bad in (math.inf, math.nan):
+        assert not bool(filtered(walk(R=bad), x).loglik.isfinite().any())
 
 
 def test_contradiction_is_impossible() -> None:
