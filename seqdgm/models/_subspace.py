@@ -33,7 +33,7 @@ def starting_values(
     """
     dim = x[0].shape[1]
     rest, offset, direct = _without_inputs(x, u if "D" in free else [None] * len(x))
-    filled = [_interpolate(series) for series in rest]
+    filled = [interpolate(series) for series in rest]
     longest = max(len(series) for series in filled)
     lag = min(max(2, -(-2 * latent_dim // dim)), max(1, longest // 2))
     windows = [_hankel(series, lag) for series in filled if len(series) >= lag]
@@ -159,7 +159,8 @@ def _states(
     return states, alive
 
 
-def _interpolate(series: Float[np.ndarray, "time dim"]) -> Float[np.ndarray, "time dim"]:
+def interpolate(series: Float[np.ndarray, "time dim"]) -> Float[np.ndarray, "time dim"]:
+    """Bridge what was not observed by straight lines, level beyond the ends."""
     out = series.copy()
     t = np.arange(len(series))
     for k in range(series.shape[1]):
