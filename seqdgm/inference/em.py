@@ -250,33 +250,24 @@ def fit(
         for start in model.em_starts(batch, pooled=pooled)
     ]
     names = ("the pooled series",) if pooled else batch.ids
-    values = torch.stack([climb.value for climb in climbs])
-    value, chosen = values.max(0)
-    best = climbs[0]
-    for k, climb in enumerate(climbs[1:], 1):
-        best = best._replace(
-            parameters=_where(chosen == k, climb.parameters, best.parameters),
-            done=torch.where(chosen == k, climb.done, best.done),
-            failed=torch.where(chosen == k, climb.failed, best.failed),
-        )
+    best, chosen = _best(climbs)
     failed = best.failed.tolist()
     messages = tuple(_blame(name) for name, bad in zip(names, failed, strict=True) if bad)
-    if not bool(torch.isfinite(value).any()):
+    if not bool(torch.isfinite(best.value).any()):
         raise ValueError(messages[0])
     if len(climbs) > 1:
         counts = [(k + 1, int((chosen == k).sum())) for k in range(len(climbs))]
         kept = ", ".join(f"start {k} for {count} series" for k, count in counts if count)
         messages = (*messages, f"best of {len(climbs)} starts: {kept}")
     model.em_set(best.parameters, chosen, None if pooled else batch.ids)
-    highest = max(climbs, key=lambda climb: float(climb.value.sum()))
     return FitReport(
         method=method,
-        objective=highest.trace,
+        objective=best.trace,
         valid_objective=(),
         converged=best.done.numpy(),
         n_iter=max(len(climb.trace) for climb in climbs),
         seconds=time.perf_counter() - begin,
-        log_likelihood=value.numpy(),
+        log_likelihood=best.value.numpy(),
         messages=messages,
     )
 
@@ -308,6 +299,19 @@ def _climb(
         found = model.em_step(parameters, Expected(batch, system, smoothed, pooled))
         parameters = _where(~done & ~failed, found, best)
     return _Climb(best, value, done, failed, tuple(trace))
+
+
+def _best(climbs: Sequence[_Climb]) -> tuple[_Climb, Int[Tensor, "sys"]]:
+    """The highest end of every series, with the trace of the highest total, and whose it is."""
+    value, chosen = torch.stack([climb.value for climb in climbs]).max(0)
+    best = max(climbs, key=lambda climb: float(climb.value.sum()))
+    for k, climb in enumerate(climbs):
+        best = best._replace(
+            parameters=_where(chosen == k, climb.parameters, best.parameters),
+            done=torch.where(chosen == k, climb.done, best.done),
+            failed=torch.where(chosen == k, climb.failed, best.failed),
+        )
+    return best._replace(value=value), chosen
 
 
 def completion(
