@@ -156,10 +156,10 @@ def test_conditional_emission_is_gaussian_conditioning() -> None:
 
 def test_the_best_of_several_starts_is_kept_and_named() -> None:
     y = data(60, 3, seed=8)
-    one = sq.LinearGaussianSSM(latent_dim=2).fit(y, max_iter=40, seed=1)
+    one = sq.LinearGaussianSSM(latent_dim=2).fit(y, max_iter=25, seed=1)
     model = sq.LinearGaussianSSM(latent_dim=2, n_starts=4)
-    several = model.clone().fit(y, max_iter=40, seed=1)
-    again = model.clone().fit(y, max_iter=40, seed=1)
+    several = model.clone().fit(y, max_iter=25, seed=1)
+    again = model.clone().fit(y, max_iter=25, seed=1)
     gain = several.fit_report_.log_likelihood - one.fit_report_.log_likelihood
     assert gain.min() >= 0
     assert gain.max() > 0
@@ -167,10 +167,10 @@ def test_the_best_of_several_starts_is_kept_and_named() -> None:
     assert len(several.start_) == 3
     assert [k > 0 for k in several.start_] == (gain > 0).tolist()
     assert any("best of 4 starts" in note for note in several.fit_report_.messages)
-    other = model.clone().fit(y, max_iter=40, seed=2)
+    other = model.clone().fit(y, max_iter=25, seed=2)
     assert not np.array_equal(other.fit_report_.log_likelihood, several.fit_report_.log_likelihood)
     # A series draws the same starts alone as in company, and quasi-Newton goes on from the best.
-    alone = model.clone().fit(y[0], max_iter=40, seed=1)
+    alone = model.clone().fit(y[0], max_iter=25, seed=1)
     np.testing.assert_allclose(
         alone.fit_report_.log_likelihood[0], several.fit_report_.log_likelihood[0], rtol=1e-7
     )

@@ -36,24 +36,18 @@ def starting_values(
     filled = [interpolate(series) for series in rest]
     longest = max(len(series) for series in filled)
     lag = min(max(2, -(-2 * latent_dim // dim)), max(1, longest // 2))
-    windows = [_hankel(series, lag) for series in filled if len(series) >= lag]
-    known = [v for v, series in zip(u, filled, strict=True) if len(series) >= lag]
-    seen = np.concatenate(
-        [
-            f[: w.shape[1]]
-            for f, w in zip([f for f in filled if len(f) >= lag], windows, strict=True)
-        ]
-    )
+    used = [(series, v) for series, v in zip(filled, u, strict=True) if len(series) >= lag]
+    windows = [_hankel(series, lag) for series, _ in used]
     states, alive = _states(windows, latent_dim)
     before = np.concatenate([z[:-1] for z in states])
     after = np.concatenate([z[1:] for z in states])
     now = np.concatenate(states)
+    seen = np.concatenate([f[: len(z)] for (f, _), z in zip(used, states, strict=True)])
     driven = before
     if "B" in free:
-        pairs = zip(known, states, strict=True)
-        driven = np.hstack(
-            [before, np.concatenate([v[1 : len(z)] for v, z in pairs if v is not None])]
-        )
+        pairs = zip(used, states, strict=True)
+        moves = [v[1 : len(z)] for (_, v), z in pairs if v is not None]
+        driven = np.hstack([before, np.concatenate(moves)])
     effect = np.linalg.lstsq(driven, after, rcond=None)[0].T
     emission = np.linalg.lstsq(now, seen, rcond=None)[0].T
     spread = np.maximum(np.var(seen, axis=0), 1e-8)
