@@ -31,6 +31,8 @@ _HOME = {
     "SeasonalNaive": "seqdgm.models.arima",
     "LinearGaussianSSM": "seqdgm.models.linear_gaussian",
     "StructuralSSM": "seqdgm.models.structural",
+    "DynamicFactor": "seqdgm.models.dynamic_factor",
+    "VARMA": "seqdgm.models.varma",
     "RNN": "seqdgm.models.rnn",
     "DMM": "seqdgm.models.dmm",
     "load": "seqdgm.serialize",
@@ -44,7 +46,9 @@ __all__ = [
     "ARIMA",
     "DMM",
     "RNN",
+    "VARMA",
     "Comparison",
+    "DynamicFactor",
     "FitReport",
     "Forecast",
     "LinearGaussianSSM",
@@ -70,9 +74,11 @@ if TYPE_CHECKING:
     from seqdgm.model import SequenceModel
     from seqdgm.models.arima import ARIMA, SeasonalNaive
     from seqdgm.models.dmm import DMM
+    from seqdgm.models.dynamic_factor import DynamicFactor
     from seqdgm.models.linear_gaussian import LinearGaussianSSM
     from seqdgm.models.rnn import RNN
     from seqdgm.models.structural import StructuralSSM
+    from seqdgm.models.varma import VARMA
     from seqdgm.panel import Panel
     from seqdgm.recursion import StateSpaceModel
     from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior

@@ -154,6 +154,85 @@ def test_conditional_emission_is_gaussian_conditioning() -> None:
         np.testing.assert_allclose(noise[t][o], 0, atol=1e-12)
 
 
+def test_the_best_of_several_starts_is_kept_and_named() -> None:
+    y = data(60, 3, seed=8)
+    one = sq.LinearGaussianSSM(latent_dim=2).fit(y, max_iter=25, seed=1)
+    model = sq.LinearGaussianSSM(latent_dim=2, n_starts=4)
+    several = model.clone().fit(y, max_iter=25, seed=1)
+    again = model.clone().fit(y, max_iter=25, seed=1)
+    gain = several.fit_report_.log_likelihood - one.fit_report_.log_likelihood
+    assert gain.min() >= 0
+    assert gain.max() > 0
+    np.testing.assert_array_equal(several.F_.numpy(), again.F_.numpy())
+    assert len(several.start_) == 3
+    assert [k > 0 for k in several.start_] == (gain > 0).tolist()
+    assert any("best of 4 starts" in note for note in several.fit_report_.messages)
+    other = model.clone().fit(y, max_iter=25, seed=2)
+    assert not np.array_equal(other.fit_report_.log_likelihood, several.fit_report_.log_likelihood)
+    # A series draws the same starts alone as in company, and quasi-Newton goes on from the best.
+    alone = model.clone().fit(y[0], max_iter=25, seed=1)
+    np.testing.assert_allclose(
+        alone.fit_report_.log_likelihood[0], several.fit_report_.log_likelihood[0], rtol=1e-7
+    )
+    climbed = model.clone().fit(y[:1], method="mle", max_iter=20, seed=1)
+    assert climbed.fit_report_.log_likelihood[0] > alone.fit_report_.log_likelihood[0] - 0.5
+
+
+@pytest.mark.parametrize("given", [{}, {"F": F}, {"H": H, "R": R}, {"emission_cov": "diagonal"}])
+def test_quasi_newton_keeps_what_is_given_and_is_no_worse_than_em(given) -> None:
+    y = data(40, 1, seed=9)
+    start = {"m0": np.zeros(2), "P0": np.eye(2)}
+    climbed = sq.LinearGaussianSSM(latent_dim=2, **start, **given).fit(y, max_iter=30)
+    model = sq.LinearGaussianSSM(latent_dim=2, **start, **given).fit(y, method="mle", max_iter=30)
+    found = model.fit_report_.log_likelihood[0]
+    assert found == pytest.approx(model.log_prob(y).value[0], abs=1e-8)
+    assert found >= climbed.fit_report_.log_likelihood[0]
+    for name in ("F", "H", "R"):
+        if name in given:
+            np.testing.assert_array_equal(getattr(model, f"{name}_")[0].numpy(), given[name])
+    if "emission_cov" in given:
+        off = model.R_[0] - torch.diag(torch.diagonal(model.R_[0]))
+        assert not off.any()
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+def test_a_level_far_from_zero_costs_no_digits(shift) -> None:
+    """Moments of residuals, not of the values, enter the M-step."""
+    nile = np.asarray(sq.datasets.load("nile").y, dtype=float)
+    model = sq.LinearGaussianSSM(F=[[1.0]], H=[[1.0]], diffuse=True)
+    model.fit(nile + shift, max_iter=1000, tol=1e-10)
+    assert model.R_.item() == pytest.approx(15099, rel=2e-2)
+    assert model.Q_.item() == pytest.approx(1469.1, rel=1e-1)
+    far = model.fit_report_.log_likelihood[0]
+    near = sq.LinearGaussianSSM(F=[[1.0]], H=[[1.0]], diffuse=True)
+    near.fit(nile, max_iter=1000, tol=1e-10)
+    assert far == pytest.approx(near.fit_report_.log_likelihood[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_a_series_shorter_than_the_state_starts(length) -> None:
+    y = data(60, 1, seed=10)[0][:length, :1]
+    y[0] = 0.3  # something is observed
+    model = sq.LinearGaussianSSM(latent_dim=4).fit(y, max_iter=10, tol=0.0)
+    assert np.isfinite(model.forecast(2).mean).all()
+    assert np.diff(model.fit_report_.objective).min() > -1e-8
+
+
+def test_subspace_starts_take_inputs_out_first() -> None:
+    """With strong inputs the start is near the end: few EM steps reach the likelihood of many."""
+    rng = np.random.default_rng(11)
+    u = 10 * rng.normal(size=(200, 1))
+    z, x = np.zeros(200), np.zeros((200, 2))
+    for t in range(200):
+        z[t] = (0.8 * z[t - 1] if t else 0.0) + rng.normal()
+        x[t] = z[t] * np.array([1.0, -0.5]) + u[t] * [3.0, 1.0] + 0.3 * rng.normal(size=2)
+    model = sq.LinearGaussianSSM(latent_dim=1, B=np.zeros((1, 1)))
+    few = model.clone().fit(x, inputs=u, max_iter=5).fit_report_.log_likelihood[0]
+    many = model.fit(x, inputs=u, max_iter=200).fit_report_.log_likelihood[0]
+    assert many - few < 10
+    np.testing.assert_allclose(model.D_[0].numpy()[:, 0], [3.0, 1.0], atol=0.03)
+
+
 def test_nile_estimates_are_the_published_ones() -> None:
     """Durbin and Koopman (2012), section 2.10: 15099 and 1469.1."""
     nile = sq.datasets.load("nile").y

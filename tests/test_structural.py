@@ -486,3 +486,95 @@ def test_bad_data_are_named() -> None:
         StructuralSSM().fit(np.ones((20, 2)))
     with pytest.raises(ValueError, match="too short"):
         StructuralSSM(seasonal=12).fit(np.arange(10.0))
+
+
+FIXED = {
+    "a variance": ({"trend": "stochastic"}, {"sigma2.irregular": 0.3}),
+    "all variances": ({}, {"sigma2.irregular": 0.3, "sigma2.level": 0.2}),
+    "a cycle": ({"cycle": "stochastic"}, {"cycle.period": 9.0, "cycle.damping": 0.9}),
+    "a cycle's variance": ({"cycle": "stochastic"}, {"sigma2.cycle": 0.3}),
+    "an AR part": ({"ar": 2}, {"ar.L1": 0.5, "ar.L2": -0.3}),
+    "a slope": ({"trend": "damped"}, {"trend.damping": 0.8, "sigma2.trend": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_parameters_stay_and_the_others_are_at_their_maximum(name: str) -> None:
+    options, values = FIXED[name]
+    rng = np.random.default_rng(12)
+    y = np.cumsum(rng.normal(size=60)) + 2 * np.sin(np.arange(60) * 0.7) + rng.normal(size=60)
+    y[20:24] = np.nan
+    model = StructuralSSM(**options, fixed=values).fit(y)
+    found = model.estimates()
+    for parameter, value in values.items():
+        assert found[parameter] == value
+    assert model.fit_report_.log_likelihood[0] == pytest.approx(float(model.log_prob(y)), abs=1e-9)
+    free = [k for k, n in enumerate(model.parameter_names) if n not in values]
+    given = np.array(list(found.values()))
+
+    def value(theta: np.ndarray) -> float:
+        at = given.copy()
+        at[free] = theta
+        return float(fixed(StructuralSSM(**options), at).log_prob(y))
+
+    best = value(given[free])
+    for k in range(len(free)):
+        for factor in (0.97, 1.03):
+            theta = given[free]
+            theta[k] *= factor
+            if abs(theta[k]) < 1 or not model.parameter_names[free[k]].startswith(
+                ("ar", "cycle.d")
+            ):
+                assert value(theta) <= best + 1e-6
+
+
+def test_fixed_at_the_maximum_the_rest_is_found_again() -> None:
+    y = sq.datasets.load("nile").y
+    whole = StructuralSSM().fit(y).estimates()
+    part = StructuralSSM(fixed={"sigma2.level": whole["sigma2.level"]}).fit(y).estimates()
+    assert part["sigma2.irregular"] == pytest.approx(whole["sigma2.irregular"], rel=1e-4)
+
+
+def test_each_season_changes_or_stays() -> None:
+    y = np.random.default_rng(13).normal(size=60)
+    model = StructuralSSM(
+        seasonal=(12, 5),
+        seasonal_kind="trigonometric",
+        harmonics=(3, 2),
+        seasonal_stochastic=(False, True),
+    )
+    assert model.parameter_names == ("sigma2.irregular", "sigma2.level", "sigma2.seasonal_5")
+    known = plausible(model.parameter_names, np.random.default_rng(14))
+    fixed(model, list(known.values()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = sm.tsa.UnobservedComponents(
+            y,
+            level="local level",
+            freq_seasonal=[{"period": 5, "harmonics": 2}, {"period": 12, "harmonics": 3}],
+            stochastic_freq_seasonal=[True, False],
+            use_exact_diffuse=True,
+        )
+    convention = 0.5 * model.spec_.n_diffuse * np.log(2 * np.pi)
+    expected = theirs.loglike(list(known.values())) + convention
+    assert float(model.log_prob(y)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fixed": {"sigma2.slope": 1.0}}, "sigma2.slope"),
+        ({"fixed": {"sigma2.level": -1.0}}, "between 0"),
+        ({"ar": 2, "fixed": {"ar.L1": 0.5}}, "all of them or none"),
+        ({"ar": 1, "fixed": {"ar.L1": 1.0}}, "not stationary"),
+        ({"ar": 2, "fixed": {"ar.L1": 1.5, "ar.L2": 1.0}}, "not stationary"),
+        ({"seasonal": 4, "seasonal_stochastic": (True, False)}, "one for each"),
+    ],
+)
+def test_what_cannot_be_fixed_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StructuralSSM(**options).fit(np.random.default_rng(0).normal(size=40))
+
+
+def test_a_model_with_fixed_parameters_keeps_the_promises_of_the_package() -> None:
+    check_model(StructuralSSM(trend="stochastic", fixed={"sigma2.irregular": 1.0}))

@@ -1,9 +1,11 @@
-r"""Expectation-maximisation for linear-Gaussian models, with closed-form M-steps.
+r"""Expectation-maximisation for linear-Gaussian models.
 
-The E-step is the exact smoother (with lag-one covariances); the M-step regresses
-:math:`z_t` on :math:`(z_{t-1}, u_t, 1)` and :math:`x_t` on :math:`(z_t, u_t, 1)` in expectation.
-Whatever is held fixed is subtracted first. Missing elements of a partly observed vector are
-integrated out through their conditional law given the state and the observed elements.
+The E-step is the exact smoother (with lag-one covariances). The M-step belongs to the model, which
+asks for the expected moments of two regressions, :math:`z_t` on :math:`(z_{t-1}, u_t, 1)` and
+:math:`x_t` on :math:`(z_t, u_t, 1)`. They are those of the *residuals* at the present coefficients:
+nothing cancels, however large the data are beside their noise. Missing elements of a partly
+observed vector are integrated out through their conditional law given the state and the observed
+elements.
 
 References
 ----------
@@ -15,41 +17,200 @@ Holmes (2013), Derivation of the EM algorithm for constrained and unconstrained 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seqdgm.inference.kalman import conditional_emission
 from seqdgm.kernels import kalman_smoother
 from seqdgm.kernels.types import Smoothed, System
 from seqdgm.results import FitReport
 from seqdgm.types import Batch, check_count
 
-if TYPE_CHECKING:
-    from seqdgm.models.linear_gaussian import LinearGaussianSSM, Matrices
+Parameters = Any  # a NamedTuple of tensors whose first axis is the series, or 1 where shared
+
+
+class EMModel(Protocol):
+    """What a model must say to be fitted here."""
+
+    def em_starts(self, batch: Batch, *, pooled: bool) -> Sequence[Parameters]:
+        """Parameters to start from; every one is followed and the best end is kept."""
+
+    def em_system(self, parameters: Parameters, u: Float[Tensor, "series steps inputs"]) -> System:
+        """System matrices of the parameters."""
+
+    def em_step(self, parameters: Parameters, expected: Expected) -> Parameters:
+        """Parameters that maximise the expected complete-data log-likelihood (or raise it)."""
+
+    def em_set(
+        self,
+        parameters: Parameters,
+        start: Int[Tensor, "sys"],
+        ids: tuple[Any, ...] | None,
+    ) -> None:
+        """Take over the best end; `start` says from which start it came."""
 
 
 class Moments(NamedTuple):
-    r"""Expected cross products of a regression of `y` on `g`, summed over time.
+    r"""Expected cross products of a residual `r` with itself and its regressors `g`.
 
     Attributes
     ----------
-    yy, yg, gg : Tensor of shape (sys, ., .)
-        :math:`\sum E[y y']`, :math:`\sum E[y g']`, :math:`\sum E[g g']`.
+    rr, rg, gg : Tensor of shape (sys, ., .)
+        :math:`\sum E[r r']`, :math:`\sum E[r g']`, :math:`\sum E[g g']`, over time (and over the
+        series where they are pooled).
     steps : Tensor of shape (sys,)
         Number of terms.
     """
 
-    yy: Float[Tensor, "sys y y"]
-    yg: Float[Tensor, "sys y g"]
+    rr: Float[Tensor, "sys r r"]
+    rg: Float[Tensor, "sys r g"]
     gg: Float[Tensor, "sys g g"]
     steps: Float[Tensor, "sys"]
 
+    def regress(
+        self, chosen: Bool[Tensor, "g"]
+    ) -> tuple[Float[Tensor, "sys r g"], Float[Tensor, "sys r r"]]:
+        """Change of the coefficients that is best over the chosen regressors, and what is left.
+
+        Returns
+        -------
+        tuple of Tensor
+            Change of the coefficients (zero where not chosen), and the residual covariance after
+            it.
+        """
+        change = torch.zeros_like(self.rg)
+        spread = self.rr
+        if bool(chosen.all()):
+            change = _solve(self.gg, self.rg)
+            spread = spread - change @ self.rg.mT
+        elif bool(chosen.any()):
+            cross = self.rg[..., chosen]
+            change[..., chosen] = found = _solve(self.gg[:, chosen][..., chosen], cross)
+            spread = spread - found @ cross.mT
+        return change, 0.5 * (spread + spread.mT) / self.steps[:, None, None]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Moments of states and observations given the data, at the parameters of the E-step.
+
+    Attributes
+    ----------
+    batch : Batch
+    system : System
+        The matrices of the E-step.
+    smoothed : Smoothed
+    pooled : bool
+        Whether moments are summed over the series.
+    """
+
+    batch: Batch
+    system: System
+    smoothed: Smoothed
+    pooled: bool
+
+    @cached_property
+    def moments(
+        self,
+    ) -> tuple[
+        Float[Tensor, "series time state"],
+        Float[Tensor, "series time state state"],
+        Float[Tensor, "series lags state state"],
+    ]:
+        """Means, covariances and lag-one covariances, zero beyond the end of a series."""
+        out = self.smoothed
+        assert out.lag_one is not None
+        parts = (out.mean, out.cov, out.lag_one)
+        if int(self.batch.lengths.min()) == self.batch.n_steps:
+            return parts
+        mean, cov, lag = map(torch.nan_to_num, parts)
+        return mean, cov, lag
+
+    @property
+    def first(self) -> tuple[Float[Tensor, "series state"], Float[Tensor, "series state state"]]:
+        """Mean and covariance of the first state of each series."""
+        return self.smoothed.mean[:, 0], self.smoothed.cov[:, 0]
+
+    def transition(self) -> Moments:
+        """Residuals of z_t given (z_{t-1}, u_t, 1)."""
+        mean, cov, lag = self.moments
+        steps = self.batch.n_steps
+        w = self.batch.valid[:, 1:].to(mean.dtype)[..., None]
+        f, offset = self.system.F[:, 0], self.system.b
+        now, before = mean[:, 1:], mean[:, :-1]
+        residual = w * (now - before @ f.mT - (offset if offset.shape[1] == 1 else offset[:, 1:]))
+        rest = self._rest(slice(1, steps))
+        ends = w[..., None]
+        v_now, v_before = (ends * cov[:, 1:]).sum(1), (ends * cov[:, :-1]).sum(1)
+        cross = lag.sum(1)
+        moved = cross @ f.mT
+        rr = residual.mT @ residual + v_now - moved - moved.mT + f @ v_before @ f.mT
+        g = torch.cat([before, rest], -1)
+        rg, gg = residual.mT @ g, (w * g).mT @ g
+        size = mean.shape[-1]
+        rg[..., :size] += cross - f @ v_before
+        gg[:, :size, :size] += v_before
+        return self._total(rr, rg, gg, w.sum((1, 2)))
+
+    def emission(self) -> Moments:
+        """Residuals of x_t given (z_t, u_t, 1); steps without any observation are left out."""
+        mean, cov, _ = self.moments
+        mask = self.batch.mask
+        whole, some = mask.all(-1), mask.any(-1)
+        h, d = self.system.H[:, 0], self.system.d
+        error = self.batch.x - mean @ h.mT - d
+        g = torch.cat([mean, self._rest(slice(0, self.batch.n_steps))], -1)
+        w = whole.to(mean.dtype)[..., None]
+        spread = (w[..., None] * cov).sum(1)
+        seen = w * error
+        loaded = h @ spread
+        rr, rg = seen.mT @ error + loaded @ h.mT, seen.mT @ g
+        gg = (some.to(mean.dtype)[..., None] * g).mT @ g
+        size = mean.shape[-1]
+        rg[..., :size] -= loaded
+        gg[:, :size, :size] += spread
+        partial = some & ~whole
+        if bool(partial.any()):
+            n, t = torch.nonzero(partial, as_tuple=True)
+            r = self.system.R[:, 0].expand(len(mean), -1, -1)[n]
+            complete, noise = completion(r, mask[n, t])
+            load = complete @ h.expand(len(mean), -1, -1)[n]
+            v, at = cov[n, t], g[n, t]
+            e = (complete @ torch.where(mask[n, t], error[n, t], 0.0)[..., None])[..., 0]
+            through = load @ v
+            rr.index_add_(0, n, e[:, :, None] * e[:, None] + through @ load.mT + noise)
+            cross = e[:, :, None] * at[:, None]
+            cross[..., :size] -= through
+            rg.index_add_(0, n, cross)
+            gg[:, :size, :size].index_add_(0, n, v)
+        return self._total(rr, rg, gg, some.sum(1).to(mean.dtype))
+
+    def _rest(self, steps: slice) -> Float[Tensor, "series time rest"]:
+        """Inputs and a one."""
+        u = self.batch.u[:, steps]
+        return torch.cat([u, u.new_ones(*u.shape[:-1], 1)], -1)
+
+    def _total(self, *parts: Tensor) -> Moments:
+        return Moments(*(p.sum(0, keepdim=True) for p in parts) if self.pooled else parts)
+
+
+class _Climb(NamedTuple):
+    """Where EM ended from one start."""
+
+    parameters: Parameters
+    value: Float[Tensor, "sys"]
+    done: Bool[Tensor, "sys"]
+    failed: Bool[Tensor, "sys"]
+    trace: tuple[float, ...]
+
 
 def fit(
-    model: LinearGaussianSSM,
+    model: EMModel,
     batch: Batch,
     *,
     method: str,
@@ -66,21 +227,62 @@ def fit(
     model, batch, method, generator, progress
         As every learner.
     max_iter : int
-        Iterations at most.
+        Iterations at most, from each start.
     tol : float
         Relative change of the log-likelihood at which a series has converged.
     pooled : bool
         Share the parameters over the series instead of fitting each on its own.
+
+    Returns
+    -------
+    FitReport
+        Of the best start of each series; ``objective`` follows the start with the best total.
+
+    Raises
+    ------
+    ValueError
+        If no series has a finite likelihood at its starting values.
     """
     begin = time.perf_counter()
     check_count("max_iter", max_iter)
-    matrices = model.starting_matrices(batch, pooled=pooled)
+    climbs = [
+        _climb(model, batch, start, max_iter, tol, pooled)
+        for start in model.em_starts(batch, pooled=pooled)
+    ]
     names = ("the pooled series",) if pooled else batch.ids
-    value = torch.full((len(names),), -torch.inf, dtype=torch.float64)
-    done, failed = torch.zeros(len(names), dtype=torch.bool), torch.zeros(len(names)).bool()
-    best, trace = matrices, []
+    best, chosen = _best(climbs)
+    failed = best.failed.tolist()
+    messages = tuple(_blame(name) for name, bad in zip(names, failed, strict=True) if bad)
+    if not bool(torch.isfinite(best.value).any()):
+        raise ValueError(messages[0])
+    if len(climbs) > 1:
+        counts = [(k + 1, int((chosen == k).sum())) for k in range(len(climbs))]
+        kept = ", ".join(f"start {k} for {count} series" for k, count in counts if count)
+        messages = (*messages, f"best of {len(climbs)} starts: {kept}")
+    model.em_set(best.parameters, chosen, None if pooled else batch.ids)
+    return FitReport(
+        method=method,
+        objective=best.trace,
+        valid_objective=(),
+        converged=best.done.numpy(),
+        n_iter=max(len(climb.trace) for climb in climbs),
+        seconds=time.perf_counter() - begin,
+        log_likelihood=best.value.numpy(),
+        messages=messages,
+    )
+
+
+def _climb(
+    model: EMModel, batch: Batch, start: Parameters, max_iter: int, tol: float, pooled: bool
+) -> _Climb:
+    """EM from one start."""
+    count = 1 if pooled else batch.n_series
+    value = torch.full((count,), -torch.inf, dtype=torch.float64)
+    done, failed = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+    parameters = best = start
+    u, trace = batch.u[:, : batch.n_steps], []
     for _ in range(max_iter):
-        system = matrices.system(batch.u[:, : batch.n_steps], model.diffuse_mask)
+        system = model.em_system(parameters, u)
         smoothed = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=True)
         now = smoothed.loglik.sum(0, keepdim=True) if pooled else smoothed.loglik
         # EM cannot lower the likelihood: where it does, rounding has taken over.
@@ -88,184 +290,77 @@ def fit(
         failed = failed | ((~torch.isfinite(now) | worse) & ~done)
         moving = ~done & ~failed
         # A series that has converged or failed keeps what it has, whatever its company does.
-        best = _where(moving, matrices, best)
+        best = _where(moving, parameters, best)
         done = done | (moving & ((now - value).abs() <= tol * (1 + now.abs())))
         value = torch.where(moving, now, value)
         trace.append(float(value[torch.isfinite(value)].sum()))
         if bool((done | failed).all()):
             break
-        found = m_step(matrices, model.free, batch, system, smoothed, model, pooled=pooled)
-        matrices = _where(~done & ~failed, found, best)
-    messages = tuple(_blame(name) for name, bad in zip(names, failed.tolist(), strict=True) if bad)
-    if not bool(torch.isfinite(value).any()):
-        raise ValueError(messages[0])
-    model.set_matrices(best, batch.ids if not pooled else None)
-    return FitReport(
-        method=method,
-        objective=tuple(trace),
-        valid_objective=(),
-        converged=done.numpy(),
-        n_iter=len(trace),
-        seconds=time.perf_counter() - begin,
-        log_likelihood=value.numpy(),
-        messages=messages,
-    )
+        found = model.em_step(parameters, Expected(batch, system, smoothed, pooled))
+        parameters = _where(~done & ~failed, found, best)
+    return _Climb(best, value, done, failed, tuple(trace))
 
 
-def m_step(
-    matrices: Matrices,
-    free: frozenset[str],
-    batch: Batch,
-    system: System,
-    smoothed: Smoothed,
-    model: LinearGaussianSSM,
-    *,
-    pooled: bool,
-) -> Matrices:
-    """Matrices that maximise the expected complete-data log-likelihood."""
-    assert smoothed.lag_one is not None
-    mean, cov, lag = map(torch.nan_to_num, (smoothed.mean, smoothed.cov, smoothed.lag_one))
-    second = cov + mean[..., :, None] * mean[..., None, :]
-    u = batch.u[:, : batch.n_steps]
-    changed: dict[str, Tensor] = {}
-    if free & {"F", "B", "b", "Q"}:
-        stats = _transition_moments(mean, second, lag, u, batch.valid, pooled)
-        weights, q = _regress(
-            stats, [("F", matrices.F), ("B", matrices.B), ("b", matrices.b[..., None])], free
+def _best(climbs: Sequence[_Climb]) -> tuple[_Climb, Int[Tensor, "sys"]]:
+    """The highest end of every series, with the trace of the highest total, and whose it is."""
+    value, chosen = torch.stack([climb.value for climb in climbs]).max(0)
+    best = max(climbs, key=lambda climb: float(climb.value.sum()))
+    for k, climb in enumerate(climbs):
+        best = best._replace(
+            parameters=_where(chosen == k, climb.parameters, best.parameters),
+            done=torch.where(chosen == k, climb.done, best.done),
+            failed=torch.where(chosen == k, climb.failed, best.failed),
         )
-        changed |= weights
-        if "Q" in free:
-            changed["Q"] = q
-    if free & {"H", "D", "d", "R"}:
-        stats = _emission_moments(mean, second, u, batch, system, pooled)
-        weights, r = _regress(
-            stats, [("H", matrices.H), ("D", matrices.D), ("d", matrices.d[..., None])], free
-        )
-        changed |= weights
-        if "R" in free:
-            changed["R"] = r if model.emission_cov == "full" else _diagonal(r)
-    changed |= _initial_moments(mean[:, 0], cov[:, 0], matrices, free, pooled)
-    return matrices._replace(**changed)
+    return best._replace(value=value), chosen
 
 
-def _transition_moments(
-    mean: Float[Tensor, "series time state"],
-    second: Float[Tensor, "series time state state"],
-    lag: Float[Tensor, "series lag state state"],
-    u: Float[Tensor, "series time inputs"],
-    valid: Bool[Tensor, "series time"],
-    pooled: bool,
-) -> Moments:
-    w = valid[:, 1:].to(mean.dtype)
-    now, before, known = mean[:, 1:], mean[:, :-1], u[:, 1:]
-    cross = lag + now[..., :, None] * before[..., None, :]
-    rest = torch.cat([known, known.new_ones(*known.shape[:-1], 1)], -1)
-    yy = _total(second[:, 1:], w, pooled)
-    yg = torch.cat(
-        [_total(cross, w, pooled), _total(now[..., :, None] * rest[..., None, :], w, pooled)], -1
-    )
-    gg = _block(
-        _total(second[:, :-1], w, pooled),
-        _total(before[..., :, None] * rest[..., None, :], w, pooled),
-        _total(rest[..., :, None] * rest[..., None, :], w, pooled),
-    )
-    return Moments(yy, yg, gg, _count(w, pooled))
+def completion(
+    r: Float[Tensor, "rows dim dim"], mask: Bool[Tensor, "rows dim"]
+) -> tuple[Float[Tensor, "rows dim dim"], Float[Tensor, "rows dim dim"]]:
+    """Law of a whole error given its observed elements: error = A observed + N(0, S).
+
+    Parameters
+    ----------
+    r : Tensor of shape (rows, dim, dim)
+        Covariance of the error.
+    mask : Tensor of bool, shape (rows, dim)
+        What is observed.
+
+    Returns
+    -------
+    tuple of Tensor
+        A, whose columns of missing elements are zero, and S.
+    """
+    m = mask.to(r.dtype)
+    both = m[..., :, None] * m[..., None, :]
+    # Unobserved rows become identity rows, so one inverse serves every pattern.
+    block = r * both + torch.diag_embed(1 - m)
+    cross = r * (1 - m)[..., :, None] * m[..., None, :]
+    gain = cross @ torch.linalg.pinv(block, hermitian=True)
+    noise = r * (1 - m)[..., :, None] * (1 - m)[..., None, :] - gain @ cross.mT
+    return torch.diag_embed(m) + gain, 0.5 * (noise + noise.mT)
 
 
-def _emission_moments(
-    mean: Float[Tensor, "series time state"],
-    second: Float[Tensor, "series time state state"],
-    u: Float[Tensor, "series time inputs"],
-    batch: Batch,
-    system: System,
-    pooled: bool,
-) -> Moments:
-    # A step without any observation says nothing about the emission and is left out.
-    w = batch.mask.any(-1).to(mean.dtype)
-    load, offset, noise = conditional_emission(system, batch)
-    x = (load @ mean[..., None])[..., 0] + offset
-    loaded = load @ mean[..., None] * offset[..., None, :]
-    xx = load @ second @ load.mT + loaded + loaded.mT
-    xx = xx + offset[..., :, None] * offset[..., None, :] + noise
-    xz = load @ second + offset[..., :, None] * mean[..., None, :]
-    rest = torch.cat([u, u.new_ones(*u.shape[:-1], 1)], -1)
-    yg = torch.cat(
-        [_total(xz, w, pooled), _total(x[..., :, None] * rest[..., None, :], w, pooled)], -1
-    )
-    gg = _block(
-        _total(second, w, pooled),
-        _total(mean[..., :, None] * rest[..., None, :], w, pooled),
-        _total(rest[..., :, None] * rest[..., None, :], w, pooled),
-    )
-    return Moments(_total(xx, w, pooled), yg, gg, _count(w, pooled))
+def _solve(gg: Float[Tensor, "sys g g"], rg: Float[Tensor, "sys r g"]) -> Float[Tensor, "sys r g"]:
+    """Coefficients of a regression, of least norm where the regressors are redundant."""
+    # Regressors of very different size would otherwise look redundant.
+    size = torch.diagonal(gg, dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    scaled = gg / size[:, :, None] / size[:, None, :]
+    root, info = torch.linalg.cholesky_ex(scaled)
+    sure = (info == 0) & (torch.diagonal(root, dim1=-2, dim2=-1).amin(-1) > 1e-6)
+    target = rg / size[:, None, :]
+    found = torch.cholesky_solve(target.mT, root).mT
+    if not bool(sure.all()):
+        least = target @ torch.linalg.pinv(scaled, hermitian=True)
+        found = torch.where(sure[:, None, None], found, least)
+    return found / size[:, None, :]
 
 
-def _initial_moments(
-    mean: Float[Tensor, "series state"],
-    cov: Float[Tensor, "series state state"],
-    matrices: Matrices,
-    free: frozenset[str],
-    pooled: bool,
-) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    m0 = matrices.m0
-    if "m0" in free:
-        m0 = out["m0"] = mean.mean(0, keepdim=True) if pooled else mean
-    if "P0" in free:
-        gap = mean - m0
-        p0 = cov + gap[..., :, None] * gap[..., None, :]
-        p0 = p0.mean(0, keepdim=True) if pooled else p0
-        out["P0"] = 0.5 * (p0 + p0.mT)
-    return out
-
-
-def _regress(
-    stats: Moments, blocks: list[tuple[str, Tensor]], free: frozenset[str]
-) -> tuple[dict[str, Tensor], Float[Tensor, "sys y y"]]:
-    """Maximise over the free blocks of the coefficients; the others are subtracted."""
-    sizes = [block.shape[-1] for _, block in blocks]
-    weights = torch.cat(
-        [block.expand(len(stats.steps), *block.shape[1:]) for _, block in blocks], -1
-    ).clone()
-    chosen = torch.cat(
-        [torch.full((size,), name in free) for (name, _), size in zip(blocks, sizes, strict=True)]
-    )
-    if bool(chosen.any()):
-        target = stats.yg[..., chosen] - weights[..., ~chosen] @ stats.gg[:, ~chosen][..., chosen]
-        inverse = torch.linalg.pinv(stats.gg[:, chosen][..., chosen], hermitian=True)
-        weights[..., chosen] = target @ inverse
-    product = weights @ stats.yg.mT
-    spread = stats.yy - product - product.mT + weights @ stats.gg @ weights.mT
-    spread = 0.5 * (spread + spread.mT) / stats.steps[:, None, None]
-    parts = torch.split(weights, sizes, -1)
-    learned = {
-        name: part[..., 0] if name in ("b", "d") else part
-        for (name, _), part in zip(blocks, parts, strict=True)
-        if name in free
-    }
-    return learned, spread
-
-
-def _total(x: Tensor, w: Float[Tensor, "series time"], pooled: bool) -> Tensor:
-    total = torch.einsum("nt,ntij->nij", w, x)
-    return total.sum(0, keepdim=True) if pooled else total
-
-
-def _count(w: Float[Tensor, "series time"], pooled: bool) -> Float[Tensor, "sys"]:
-    count = w.sum(1)
-    return count.sum(0, keepdim=True) if pooled else count
-
-
-def _block(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return torch.cat([torch.cat([a, b], -1), torch.cat([b.mT, c], -1)], -2)
-
-
-def _diagonal(m: Float[Tensor, "sys dim dim"]) -> Float[Tensor, "sys dim dim"]:
-    return torch.diag_embed(torch.diagonal(m, dim1=-2, dim2=-1))
-
-
-def _where(chosen: Bool[Tensor, "sys"], new: Matrices, old: Matrices) -> Matrices:
-    """Take the new matrices of the chosen series, the old ones of the others."""
+def _where(chosen: Bool[Tensor, "sys"], new: Parameters, old: Parameters) -> Parameters:
+    """Take the new parameters of the chosen series, the old ones of the others."""
+    if bool(chosen.all()):
+        return new
     fields = (
         torch.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         for a, b in zip(new, old, strict=True)

@@ -41,25 +41,29 @@ class StructuralSpec:
         Seasonal periods, the shortest first.
     harmonics : tuple of tuple of int, or None
         Numbers of the trigonometric terms of each period; None for dummy seasonals.
-    seasonal_stochastic : bool
+    seasonal_stochastic : tuple of bool
+        Whether the seasons of each period change.
     cycle : {None, "stochastic", "deterministic"}
     ar : int
     irregular : bool
     time_varying : bool
         Whether regression coefficients are random walks.
     n_inputs : int
+    fixed : tuple of (str, float)
+        Names and values of parameters that are not estimated.
     """
 
     level: str | None = "stochastic"
     trend: str | None = None
     periods: tuple[int, ...] = ()
     harmonics: tuple[tuple[int, ...], ...] | None = None
-    seasonal_stochastic: bool = True
+    seasonal_stochastic: tuple[bool, ...] = ()
     cycle: str | None = None
     ar: int = 0
     irregular: bool = True
     time_varying: bool = False
     n_inputs: int = 0
+    fixed: tuple[tuple[str, float], ...] = ()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -99,11 +103,12 @@ class StructuralSpec:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Disturbances with a variance to estimate; the first is the unit of the others."""
+        """Disturbances that have a variance."""
         out = ["irregular"] if self.irregular else []
         out += ["level"] if self.level == "stochastic" else []
         out += ["trend"] if self.trend in ("stochastic", "damped") else []
-        out += [f"seasonal_{s}" for s in self.periods if self.seasonal_stochastic]
+        moving = zip(self.periods, self.seasonal_stochastic, strict=True)
+        out += [f"seasonal_{s}" for s, moves in moving if moves]
         out += ["cycle"] if self.cycle == "stochastic" else []
         out += ["ar"] if self.ar else []
         out += [f"u{k + 1}" for k in range(self.n_inputs) if self.time_varying]
@@ -123,9 +128,28 @@ class StructuralSpec:
         return (*(f"sigma2.{name}" for name in self.sources), *self.others)
 
     @property
+    def concentrated(self) -> bool:
+        """Whether all variances share a factor that is found in closed form."""
+        return not any(name.startswith("sigma2.") for name, _ in self.fixed)
+
+    @property
+    def searched(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Disturbances and other parameters that are not fixed."""
+        fixed = dict(self.fixed)
+        return (
+            tuple(name for name in self.sources if f"sigma2.{name}" not in fixed),
+            tuple(name for name in self.others if name not in fixed),
+        )
+
+    @property
+    def n_scales(self) -> int:
+        """Unconstrained parameters of the variances: one fewer where a factor is left out."""
+        return len(self.searched[0]) - self.concentrated
+
+    @property
     def n_free(self) -> int:
-        """Unconstrained parameters: one variance is concentrated out."""
-        return len(self.sources) - 1 + len(self.others)
+        """Unconstrained parameters."""
+        return self.n_scales + len(self.searched[1])
 
     @property
     def n_diffuse(self) -> int:

@@ -64,6 +64,8 @@ def constrain(
     same reason. The variance of a damped cycle is parameterised by that of the cycle itself,
     :math:`\sigma_\kappa^2 / (1 - \rho^2)`, which stays regular as the cycle becomes deterministic
     (Harvey 1989, section 4.2). AR coefficients are stationary by construction (Monahan 1984).
+    Where a variance is fixed there is no common factor: the other standard deviations, up to their
+    sign, are then searched themselves.
 
     Parameters
     ----------
@@ -73,28 +75,34 @@ def constrain(
         Of the same rows.
     """
     free = np.asarray(free, dtype=np.float64)
-    n_angles = len(spec.sources) - 1
-    point = np.ones((len(free), n_angles + 1))
-    point[:, :-1] = np.cos(free[:, :n_angles])
-    point[:, 1:] *= np.cumprod(np.sin(free[:, :n_angles]), axis=1)
-    named = dict(zip(spec.sources, ((point * scope.units) ** 2).T, strict=True))
-    rest = dict(zip(spec.others, free[:, n_angles:].T, strict=True))
+    fixed = {name: np.full(len(free), value) for name, value in spec.fixed}
+    sources, others = spec.searched
+    angles = free[:, : spec.n_scales]
+    point = angles.copy()
+    if spec.concentrated:
+        point = np.ones((len(free), len(sources)))
+        point[:, :-1] = np.cos(angles)
+        point[:, 1:] *= np.cumprod(np.sin(angles), axis=1)
+    units = dict(zip(spec.sources, scope.units.T, strict=True))
+    named = {s: (point[:, k] * units[s]) ** 2 for k, s in enumerate(sources)}
+    rest = dict(zip(others, free[:, spec.n_scales :].T, strict=True))
     out: dict[str, np.ndarray] = {}
-    if spec.trend == "damped":
+    if "trend.damping" in rest:
         out["trend.damping"] = _within(rest["trend.damping"])
-    if spec.cycle:
+    if "cycle.period" in rest:
         low, high = 2 * np.pi / scope.periods[:, 1], 2 * np.pi / scope.periods[:, 0]
         out["cycle.period"] = 2 * np.pi / (low + (high - low) * _within(rest["cycle.period"]))
-    if spec.cycle == "stochastic":
-        damping = _EDGE * _within(rest["cycle.damping"])
-        out["cycle.damping"] = damping
+    if "cycle.damping" in rest:
+        out["cycle.damping"] = _EDGE * _within(rest["cycle.damping"])
+    if spec.cycle == "stochastic" and "cycle" in named:
+        damping = {**fixed, **out}["cycle.damping"]
         named["cycle"] = named["cycle"] * (1.0 - damping) * (1.0 + damping)
-    if spec.ar:
+    if "ar.L1" in rest:
         partial = _EDGE_AR * np.tanh(free[:, -spec.ar :])
         ar = coefficients_from_partial(partial)
         out.update({f"ar.L{k + 1}": ar[:, k] for k in range(spec.ar)})
-    columns = [*(named[name] for name in spec.sources), *(out[name] for name in spec.others)]
-    return np.stack(columns, 1)
+    found = {**fixed, **{f"sigma2.{name}": value for name, value in named.items()}, **out}
+    return np.stack([found[name] for name in spec.names], 1)
 
 
 def starting_values(
@@ -108,12 +116,14 @@ def starting_values(
     """
     n_starts = len(_STARTS) if "trend" in spec.sources else len(_STARTS) - 1
     out = np.zeros((n_starts if spec.n_free else 1, len(x), spec.n_free))
-    n_angles = len(spec.sources) - 1
+    sources, others = spec.searched
     for k in range(len(out)):
-        weight = np.array([_STARTS[k].get(name, _SMALL_START) for name in spec.sources])
-        behind = np.sqrt(np.cumsum((weight**2)[::-1])[::-1])
-        out[k, :, :n_angles] = np.arctan2(behind[1:], weight[:-1])
-    for k, name in enumerate(spec.others, start=n_angles):
+        weight = np.array([_STARTS[k].get(name, _SMALL_START) for name in sources])
+        if spec.concentrated:
+            behind = np.sqrt(np.cumsum((weight**2)[::-1])[::-1])
+            weight = np.arctan2(behind[1:], weight[:-1])
+        out[k, :, : spec.n_scales] = weight
+    for k, name in enumerate(others, start=spec.n_scales):
         if name == "cycle.period":
             low, high = (2 * np.pi / np.broadcast_to(periods, (len(x), 2))[:, ::-1]).T
             peak = np.array([_peak(spec, *row) for row in zip(x, low, high, strict=True)])
@@ -132,8 +142,11 @@ def find_scope(
     lengths: Float[np.ndarray, "series"],
     u: Float[np.ndarray, "series time inputs"] | None,
     bounds: tuple[float, float],
+    scale: Float[np.ndarray, "series"],
 ) -> Scope:
     """Scope of every series: no cycle longer than the series, coefficients in units of their own.
+
+    `scale` is the size of one step of each series, which matters where a variance is fixed.
 
     A deterministic cycle within 2 pi / T of frequency 0, pi or that of a season is nearly a part of
     what is there already, and its diffuse likelihood would rise without bound towards it.
@@ -158,7 +171,18 @@ def find_scope(
         units[:, k] = _UNITS.get(name, _SMALL_UNIT)
         if name.startswith("u"):
             units[:, k] /= sizes[:, int(name[1:]) - 1]
+    if not spec.concentrated:
+        units *= scale[:, None]
     return Scope(np.stack([shortest, longest], 1), units, sizes)
+
+
+def step_sizes(x: Float[np.ndarray, "series time"]) -> Float[np.ndarray, "series"]:
+    """Root mean square of the steps between neighbours that are both observed; 1 without any."""
+    steps = np.diff(x, axis=1)
+    seen = np.isfinite(steps)
+    square = np.where(seen, steps, 0.0) ** 2
+    mean = square.sum(1) / np.maximum(seen.sum(1), 1)
+    return np.where(mean > 0, np.sqrt(mean), 1.0)
 
 
 def _within(free: np.ndarray) -> np.ndarray:

@@ -3,64 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
 from seqdgm.kernels.types import System
-from seqdgm.models._subspace import starting_values
+from seqdgm.models._matrices import (
+    NAMES,
+    Matrices,
+    check_shapes,
+    diffuse_mask,
+    find_latent_dim,
+    pack,
+    read_matrix,
+    unpack,
+)
+from seqdgm.models._subspace import random_values, spread_values, starting_values
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
-from seqdgm.types import Batch, Inputs
+from seqdgm.types import Batch, Inputs, check_count
 
-
-class Matrices(NamedTuple):
-    """Parameters of the model; the first axis is 1 (shared) or the number of series."""
-
-    F: Float[Tensor, "sys state state"]
-    H: Float[Tensor, "sys dim state"]
-    Q: Float[Tensor, "sys state state"]
-    R: Float[Tensor, "sys dim dim"]
-    m0: Float[Tensor, "sys state"]
-    P0: Float[Tensor, "sys state state"]
-    B: Float[Tensor, "sys state inputs"]
-    D: Float[Tensor, "sys dim inputs"]
-    b: Float[Tensor, "sys state"]
-    d: Float[Tensor, "sys dim"]
-
-    def take(self, rows: Int[Tensor, "series"]) -> Matrices:
-        """The parameters of the chosen series."""
-        return self if len(self.F) == 1 else Matrices(*(field[rows] for field in self))
-
-    def system(
-        self, u: Float[Tensor, "series steps inputs"], diffuse: Bool[Tensor, "state"]
-    ) -> System:
-        """System matrices with the inputs worked into the offsets."""
-        b, d = self.b[:, None], self.d[:, None]
-        if u.shape[2]:
-            b = b + u @ self.B.mT
-            d = d + u @ self.D.mT
-        p0 = self.P0 * ~(diffuse[:, None] | diffuse[None, :])
-        pinf = torch.diag(diffuse.to(p0.dtype)).expand_as(p0)
-        return System(
-            F=self.F[:, None],
-            Q=self.Q[:, None],
-            H=self.H[:, None],
-            R=self.R[:, None],
-            b=b,
-            d=d,
-            m0=self.m0,
-            P0=p0,
-            Pinf=pinf,
-        )
-
-
-NAMES = Matrices._fields
-COVARIANCES = ("Q", "R", "P0")
+if TYPE_CHECKING:
+    from seqdgm.inference.em import Expected, Moments
 
 
 class LinearGaussianSSM(StateSpaceModel):
@@ -89,10 +57,22 @@ class LinearGaussianSSM(StateSpaceModel):
         is not given.
     emission_cov : {"full", "diagonal"}
         Form of a learned R.
+    n_starts : int
+        Starts of the search: subspace estimates, then random ones from the seed of `fit`. EM
+        follows all of them; quasi-Newton goes on from the best after 20 EM steps (Biernacki,
+        Celeux and Govaert 2003). The best is kept for every series.
     transform : {None, "log"}
         Function applied to the data first.
     scale : {None, "standard", "mean"}
         Scaling of the data inside the model; likelihoods stay in the data's own units.
+
+    Attributes
+    ----------
+    F_, H_, Q_, R_, m0_, P0_, B_, D_, b_, d_ : Tensor of shape (series or 1, ...)
+        The matrices in use. A learned state space has no basis of its own: F, H and Q are
+        determined up to an invertible map of the state.
+    start_ : tuple of int
+        Number of the start that was kept, 0 for the subspace one, for every series.
 
     Examples
     --------
@@ -107,7 +87,8 @@ class LinearGaussianSSM(StateSpaceModel):
     References
     ----------
     Durbin and Koopman (2012), *Time Series Analysis by State Space Methods*; Shumway and Stoffer
-    (1982).
+    (1982); Biernacki, Celeux and Govaert (2003), Choosing starting values for the EM algorithm,
+    *Computational Statistics and Data Analysis* 41.
     """
 
     engines: ClassVar[tuple[str, ...]] = ("kalman", "particle")
@@ -132,6 +113,7 @@ class LinearGaussianSSM(StateSpaceModel):
         diffuse: bool | Sequence[bool] = False,
         learn: Sequence[str] | None = None,
         emission_cov: str = "full",
+        n_starts: int = 1,
         transform: str | None = None,
         scale: str | None = None,
     ) -> None:
@@ -139,15 +121,21 @@ class LinearGaussianSSM(StateSpaceModel):
         self.F, self.H, self.Q, self.R, self.m0, self.P0 = F, H, Q, R, m0, P0
         self.B, self.D, self.b, self.d = B, D, b, d
         self.diffuse, self.learn, self.emission_cov = diffuse, learn, emission_cov
+        check_count("n_starts", n_starts)
+        if emission_cov not in ("full", "diagonal"):
+            raise ValueError(f"emission_cov={emission_cov!r} is unknown; use 'full' or 'diagonal'")
+        self.n_starts = int(n_starts)
         self.transform, self.scale = transform, scale
-        given = {name: _matrix(name, getattr(self, name)) for name in NAMES}
+        given = {name: read_matrix(name, getattr(self, name)) for name in NAMES}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self.latent_dim = latent_dim = _latent_dim(latent_dim, self._given)
-        _check_shapes(self._given, latent_dim)
+        self.latent_dim = latent_dim = find_latent_dim(latent_dim, self._given)
+        check_shapes(self._given, latent_dim)
         self._ids: tuple[Any, ...] | None = None
+        self.start_: tuple[int, ...] | None = None
+        self._seed = 0
         for name in NAMES:
             self.register_buffer(f"{name}_", None)
-        self.diffuse_mask = _diffuse_mask(diffuse, latent_dim)
+        self.diffuse_mask = diffuse_mask(diffuse, latent_dim)
         self.free = self._free_names()
         self.min_length = 2 if self.free else 1
         if not self.free:
@@ -188,11 +176,11 @@ class LinearGaussianSSM(StateSpaceModel):
 
     def extra_state(self) -> dict[str, Any]:
         """Names of the series with parameters of their own."""
-        return {"ids": self._ids}
+        return {"ids": self._ids, "start": self.start_}
 
     def restore_extra(self, state: dict[str, Any]) -> None:
         """Take the names over."""
-        self._ids = state["ids"]
+        self._ids, self.start_ = state["ids"], state["start"]
 
     def input_width(self) -> int | None:
         """Columns of inputs, known from the matrices where all are given."""
@@ -202,16 +190,9 @@ class LinearGaussianSSM(StateSpaceModel):
         """Names of the series that have matrices of their own."""
         return self._ids
 
-    def starting_matrices(self, batch: Batch, *, pooled: bool = False) -> Matrices:
-        """Where learning starts: what is given, and subspace estimates of the rest."""
-        x = torch.where(batch.mask, batch.x, torch.nan).numpy()
-        series = [x[k, :length] for k, length in enumerate(batch.lengths.tolist())]
-        groups = [series] if pooled else [[one] for one in series]
-        starts = [self._start(group, batch.u.shape[2]) for group in groups]
-        return Matrices(*(torch.cat(fields) for fields in zip(*starts, strict=True)))
-
     def build(self, obs_dim: int, input_dim: int, **options: Any) -> None:
-        """Refuse inputs that no matrix would use."""
+        """Refuse inputs that no matrix would use, and draw the seed of the random starts."""
+        self._seed = int(torch.randint(2**31, ()))
         if not {"B", "D"} & self.free and self._n_given_inputs() != input_dim:
             raise ValueError(
                 f"B and D take {self._n_given_inputs()} input columns, but got {input_dim}; pass "
@@ -252,21 +233,21 @@ class LinearGaussianSSM(StateSpaceModel):
         needed |= {"D", "d"} if "H" not in self._given else set()
         return frozenset(needed - self._given.keys())
 
-    def _start(self, series: list[np.ndarray], n_inputs: int) -> Matrices:
-        dim = series[0].shape[1]
+    def _start(
+        self,
+        series: list[tuple[np.ndarray, np.ndarray]],
+        rng: np.random.Generator | None,
+    ) -> Matrices:
+        x = [values for values, _ in series]
+        n_inputs = series[0][1].shape[1]
         if "F" in self._given and "H" in self._given:
-            steps = np.concatenate([np.diff(one, axis=0) for one in series])
-            spread = np.nanvar(steps, axis=0) / 2
-            spread = np.where(np.isfinite(spread) & (spread > 0), spread, 1.0)
-            load = max(float(np.square(self._given["H"]).sum(1).mean()), 1e-12)
-            guess = {
-                "R": np.diag(spread),
-                "Q": np.eye(self.latent_dim) * spread.mean() / load,
-                "P0": np.eye(self.latent_dim) * 10 * spread.mean() / load,
-            }
+            guess = spread_values(x, self._given["H"])
         else:
-            guess = starting_values(series, self.latent_dim)
-        return self._complete(guess, dim, n_inputs)
+            u = [known if {"B", "D"} & self.free else None for _, known in series]
+            guess = starting_values(x, u, self.latent_dim, free=self.free)
+        if rng is not None:
+            guess = random_values(guess, x, rng)
+        return self._complete(guess, x[0].shape[1], n_inputs)
 
     def _complete(self, guess: Mapping[str, np.ndarray], dim: int, n_inputs: int) -> Matrices:
         state = self.latent_dim
@@ -281,14 +262,83 @@ class LinearGaussianSSM(StateSpaceModel):
         chosen = {**default, **guess, **self._given}
         return Matrices(*(torch.from_numpy(np.array(chosen[n], dtype=float))[None] for n in NAMES))
 
+    # -- expectation-maximisation ---------------------------------------------------------------
+
+    def em_starts(self, batch: Batch, *, pooled: bool) -> list[Matrices]:
+        """What is given, and for the rest subspace estimates first, then random ones."""
+        x = torch.where(batch.mask, batch.x, torch.nan).numpy()
+        u = batch.u.numpy()
+        lengths = batch.lengths.tolist()
+        series = [(x[k, :length], u[k, :length]) for k, length in enumerate(lengths)]
+        groups = [series] if pooled else [[one] for one in series]
+        out = []
+        for k in range(self.n_starts):
+            # Every series draws the same numbers, whatever company it is in.
+            starts = [self._start(group, self._random(k)) for group in groups]
+            out.append(Matrices(*(torch.cat(fields) for fields in zip(*starts, strict=True))))
+        return out
+
+    def em_system(self, parameters: Matrices, u: Float[Tensor, "series steps inputs"]) -> System:
+        """System matrices of the parameters."""
+        return parameters.system(u, self.diffuse_mask)
+
+    def em_step(self, parameters: Matrices, expected: Expected) -> Matrices:
+        """Closed-form maximum over the free matrices; what is fixed stays in the residuals."""
+        changed: dict[str, Tensor] = {}
+        if self.free & {"F", "B", "b", "Q"}:
+            changed |= self._regressed(expected.transition(), parameters, ("F", "B", "b", "Q"))
+        if self.free & {"H", "D", "d", "R"}:
+            changed |= self._regressed(expected.emission(), parameters, ("H", "D", "d", "R"))
+            if "R" in changed and self.emission_cov == "diagonal":
+                changed["R"] = torch.diag_embed(torch.diagonal(changed["R"], dim1=-2, dim2=-1))
+        mean, cov = expected.first
+        m0 = parameters.m0
+        if "m0" in self.free:
+            m0 = changed["m0"] = mean.mean(0, keepdim=True) if expected.pooled else mean
+        if "P0" in self.free:
+            gap = mean - m0
+            p0 = cov + gap[..., :, None] * gap[..., None, :]
+            p0 = p0.mean(0, keepdim=True) if expected.pooled else p0
+            changed["P0"] = 0.5 * (p0 + p0.mT)
+        return parameters._replace(**changed)
+
+    def em_set(
+        self, parameters: Matrices, start: Int[Tensor, "sys"], ids: tuple[Any, ...] | None
+    ) -> None:
+        """Take over the best end."""
+        self.set_matrices(parameters, ids)
+        self.start_ = tuple(start.tolist())
+
+    def _regressed(
+        self, moments: Moments, parameters: Matrices, names: tuple[str, str, str, str]
+    ) -> dict[str, Tensor]:
+        """Free ones among the coefficients of (state, inputs, 1) and the residual covariance."""
+        state, inputs, offset, noise = names
+        old = [getattr(parameters, state), getattr(parameters, inputs)]
+        sizes = [old[0].shape[-1], old[1].shape[-1], 1]
+        free = [torch.full((size,), n in self.free) for n, size in zip(names, sizes, strict=False)]
+        change, spread = moments.regress(torch.cat(free))
+        parts = torch.split(change, sizes, -1)
+        out = {
+            state: old[0] + parts[0],
+            inputs: old[1] + parts[1],
+            offset: getattr(parameters, offset) + parts[2][..., 0],
+            noise: spread,
+        }
+        return {name: value for name, value in out.items() if name in self.free}
+
+    def _random(self, k: int) -> np.random.Generator | None:
+        """Numbers of the k-th start; the first one is not random."""
+        return np.random.default_rng((self._seed, k)) if k else None
+
     # -- maximum likelihood ---------------------------------------------------------------------
 
     def free_start(self, batch: Batch, *, pooled: bool) -> Float[np.ndarray, "starts sys free"]:
-        """Unconstrained starting vector: the free matrices after a few EM steps."""
+        """Unconstrained vector of the free matrices after a few EM steps, of the best start."""
         from seqdgm.inference.em import fit as em
 
         draft = self.clone()
-        draft.obs_dim_, draft.input_dim_ = self.obs_dim_, self.input_dim_
+        draft.obs_dim_, draft.input_dim_, draft._seed = self.obs_dim_, self.input_dim_, self._seed
         em(
             draft,
             batch,
@@ -298,8 +348,8 @@ class LinearGaussianSSM(StateSpaceModel):
             max_iter=20,
             pooled=pooled,
         )
-        self._template = draft.matrices
-        return _pack(draft.matrices, self._ordered_free()).numpy()[None]
+        self._template, self.start_ = draft.matrices, draft.start_
+        return pack(draft.matrices, self._ordered_free(), self.emission_cov).numpy()[None]
 
     def free_sizes(self, batch: Batch) -> float:
         """One: Cholesky factors are in logs, and what multiplies states has no scale of its own."""
@@ -328,7 +378,7 @@ class LinearGaussianSSM(StateSpaceModel):
         return [name for name in NAMES if name in self.free]
 
     def _unpack(self, theta: Tensor, rows: Tensor) -> Matrices:
-        return _unpack(theta, self._template.take(rows), self._ordered_free(), self.emission_cov)
+        return unpack(theta, self._template.take(rows), self._ordered_free(), self.emission_cov)
 
     # -- the recursion --------------------------------------------------------------------------
 
@@ -365,99 +415,3 @@ class LinearGaussianSSM(StateSpaceModel):
                 "particles need one set of matrices; fit with pooled=True or use method='kalman'"
             )
         return m
-
-
-def _matrix(name: str, value: Any) -> np.ndarray | None:
-    if value is None:
-        return None
-    array = np.asarray(value, dtype=np.float64)
-    want = 1 if name in ("m0", "b", "d") else 2
-    if array.ndim != want or not np.isfinite(array).all():
-        raise ValueError(f"{name} must be a finite array with {want} axes, got shape {array.shape}")
-    if name in COVARIANCES:
-        if array.shape[0] != array.shape[1] or not np.allclose(array, array.T):
-            raise ValueError(f"{name} must be a symmetric square matrix")
-        if np.linalg.eigvalsh(array)[0] < -1e-10 * max(1.0, float(np.abs(array).max())):
-            raise ValueError(f"{name} has a negative eigenvalue, so it is no covariance")
-    return array
-
-
-def _latent_dim(latent_dim: int | None, given: Mapping[str, np.ndarray]) -> int:
-    if latent_dim is not None:
-        if int(latent_dim) != latent_dim or latent_dim < 1:
-            raise ValueError(f"latent_dim={latent_dim!r} must be a whole number, at least 1")
-        return int(latent_dim)
-    for name, axis in (("F", 0), ("Q", 0), ("m0", 0), ("P0", 0), ("H", 1)):
-        if name in given:
-            return given[name].shape[axis]
-    raise ValueError("give latent_dim, or a matrix that tells it (F, H, Q, m0 or P0)")
-
-
-def _check_shapes(given: Mapping[str, np.ndarray], state: int) -> None:
-    dims = {given[n].shape[0] for n in ("H", "R", "D", "d") if n in given}
-    inputs = {given[n].shape[1] for n in ("B", "D") if n in given}
-    if len(dims) > 1 or len(inputs) > 1:
-        raise ValueError(
-            "H, R, D and d disagree on the number of observed columns, or B and D on the inputs: "
-            f"{ {n: v.shape for n, v in given.items()} }"
-        )
-    shape = {"F": (state, state), "Q": (state, state), "P0": (state, state), "m0": (state,)}
-    shape["b"] = (state,)
-    for name, want in shape.items():
-        if name in given and given[name].shape != want:
-            raise ValueError(f"{name} has shape {given[name].shape}, expected {want}")
-    if "H" in given and given["H"].shape[1] != state:
-        raise ValueError(f"H has {given['H'].shape[1]} columns, expected latent_dim={state}")
-    if "B" in given and given["B"].shape[0] != state:
-        raise ValueError(f"B has {given['B'].shape[0]} rows, expected latent_dim={state}")
-
-
-def _diffuse_mask(diffuse: bool | Sequence[bool], state: int) -> Bool[Tensor, "state"]:
-    mask = torch.as_tensor(np.broadcast_to(np.asarray(diffuse, dtype=bool), (state,)).copy())
-    return mask
-
-
-def _pack(matrices: Matrices, names: list[str]) -> Float[Tensor, "sys free"]:
-    parts = []
-    for name in names:
-        value = getattr(matrices, name)
-        if name in COVARIANCES:
-            size = value.shape[-1]
-            spread = torch.diagonal(value, dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            ridge = torch.eye(size, dtype=value.dtype) * (1e-10 * spread + 1e-300)
-            root = torch.linalg.cholesky(value + ridge)
-            low = torch.tril_indices(size, size, -1)
-            log_diag = torch.diagonal(root, dim1=-2, dim2=-1).log()
-            parts.append(torch.cat([log_diag, root[:, low[0], low[1]]], 1))
-        else:
-            parts.append(value.flatten(1))
-    return torch.cat([matrices.F.new_zeros(len(matrices.F), 0), *parts], 1)
-
-
-def _unpack(
-    theta: Float[Tensor, "batch free"], template: Matrices, names: list[str], emission_cov: str
-) -> Matrices:
-    changed, at = {}, 0
-    for name in names:
-        like = getattr(template, name)
-        if name in COVARIANCES:
-            size = like.shape[-1]
-            low = torch.tril_indices(size, size, -1)
-            root = torch.diag_embed(theta[:, at : at + size].exp())
-            at += size
-            root[:, low[0], low[1]] = theta[:, at : at + low.shape[1]]
-            at += low.shape[1]
-            if name == "R" and emission_cov == "diagonal":
-                root = torch.diag_embed(torch.diagonal(root, dim1=-2, dim2=-1))
-            changed[name] = root @ root.mT
-        else:
-            size = like[0].numel()
-            changed[name] = theta[:, at : at + size].reshape(len(theta), *like.shape[1:])
-            at += size
-    full = {
-        name: changed.get(
-            name, getattr(template, name).expand(len(theta), *getattr(template, name).shape[1:])
-        )
-        for name in NAMES
-    }
-    return Matrices(**full)

@@ -14,8 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqdgm.kernels.types import System
+from seqdgm.models._polynomials import partial_from_coefficients
 from seqdgm.models._structural import StructuralSpec, harmonic_numbers, system
-from seqdgm.models._structural_search import Scope, constrain, find_scope, starting_values
+from seqdgm.models._structural_search import (
+    Scope,
+    constrain,
+    find_scope,
+    starting_values,
+    step_sizes,
+)
 from seqdgm.panel import Panel
 from seqdgm.prepare import prepare
 from seqdgm.recursion import StateSpaceModel
@@ -71,8 +78,8 @@ class StructuralSSM(StateSpaceModel):
         Dummy seasons of period s have s - 1 states each; trigonometric ones two a harmonic.
     harmonics : int or sequence of int, optional
         Trigonometric terms of each period; default all, half the period.
-    seasonal_stochastic : bool
-        Whether the seasons change.
+    seasonal_stochastic : bool or sequence of bool
+        Whether the seasons change: of all periods, or of each in the order given.
     cycle : {None, "stochastic", "deterministic"}
         ``"stochastic"`` is damped, with :math:`\rho < 1`; ``"deterministic"`` a fixed wave.
     cycle_bounds : tuple of float
@@ -85,6 +92,10 @@ class StructuralSSM(StateSpaceModel):
         Whether there is observation noise.
     time_varying_regression : bool
         Whether the coefficients of the inputs are random walks.
+    fixed : dict, optional
+        Parameters that are not estimated, by their names in ``parameter_names``, with their values:
+        ``{"sigma2.irregular": 1.0, "cycle.damping": 0.9}``. Variances are in the square of the
+        model's units. AR coefficients are fixed all together.
     transform : {None, "log"}
         Function applied to the data first; forecasts are transformed back without bias.
 
@@ -112,7 +123,6 @@ class StructuralSSM(StateSpaceModel):
 
     engines: ClassVar[tuple[str, ...]] = ("kalman",)
     learners: ClassVar[Mapping[str, str]] = {"mle": "quasi-newton"}
-    concentrated: ClassVar[bool] = True
     per_series: ClassVar[bool] = True
 
     def __init__(
@@ -123,12 +133,13 @@ class StructuralSSM(StateSpaceModel):
         *,
         seasonal_kind: str = "dummy",
         harmonics: int | Sequence[int] | None = None,
-        seasonal_stochastic: bool = True,
+        seasonal_stochastic: bool | Sequence[bool] = True,
         cycle: str | None = None,
         cycle_bounds: tuple[float, float] = (2.0, math.inf),
         ar: int = 0,
         irregular: bool = True,
         time_varying_regression: bool = False,
+        fixed: Mapping[str, float] | None = None,
         transform: str | None = None,
     ) -> None:
         super().__init__()
@@ -137,6 +148,7 @@ class StructuralSSM(StateSpaceModel):
         self.seasonal_stochastic, self.cycle, self.ar = seasonal_stochastic, cycle, ar
         self.cycle_bounds, self.irregular = cycle_bounds, irregular
         self.time_varying_regression, self.transform = time_varying_regression, transform
+        self.fixed = None if fixed is None else dict(fixed)
         _check_kind("level", level, _KINDS)
         _check_kind("trend", trend, (*_KINDS, "damped"))
         _check_kind("cycle", cycle, _KINDS)
@@ -150,11 +162,12 @@ class StructuralSSM(StateSpaceModel):
             trend,
             periods,
             numbers,
-            bool(seasonal_stochastic),
+            _flags(seasonal, seasonal_stochastic),
             cycle,
             int(ar),
             bool(irregular),
             bool(time_varying_regression),
+            fixed=tuple((str(name), float(value)) for name, value in (fixed or {}).items()),
         )
         _check_cycle(self.spec_, cycle_bounds)
         if not self.spec_.sources:
@@ -167,6 +180,11 @@ class StructuralSSM(StateSpaceModel):
         self._scope: Scope | None = None
         self.register_buffer("parameters_", None)
         self.register_buffer("input_sizes_", None)
+
+    @property
+    def concentrated(self) -> bool:
+        """Whether the fit finds one variance in closed form."""
+        return self.spec_.concentrated
 
     @property
     def ready(self) -> bool:
@@ -186,6 +204,7 @@ class StructuralSSM(StateSpaceModel):
         """Take the number of regressors into the specification."""
         self.spec_ = replace(self.spec_, n_inputs=input_dim)
         self.latent_dim = self.spec_.n_state
+        _check_fixed(self.spec_)
         if self.latent_dim == 0:
             raise ValueError(
                 "the model has no component but the irregular one; give level, or inputs to fit"
@@ -286,7 +305,7 @@ class StructuralSSM(StateSpaceModel):
         """Starting vectors that differ in which component moves most."""
         x = torch.where(batch.mask, batch.x, torch.nan)[..., 0].numpy()
         u = batch.u[:, : batch.n_steps].numpy() if self.spec_.n_inputs else None
-        scope = find_scope(self.spec_, batch.lengths.numpy(), u, self.cycle_bounds)
+        scope = find_scope(self.spec_, batch.lengths.numpy(), u, self.cycle_bounds, step_sizes(x))
         if pooled:
             scope = Scope(
                 scope.periods.max(0)[None], scope.units.mean(0)[None], scope.sizes.mean(0)[None]
@@ -373,6 +392,38 @@ def _projected(
 def _check_kind(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {known}")
+
+
+def _flags(
+    seasonal: int | Sequence[int] | None, stochastic: bool | Sequence[bool]
+) -> tuple[bool, ...]:
+    """Whether the seasons of each period change, shortest period first."""
+    periods = [] if seasonal is None else np.atleast_1d(np.asarray(seasonal)).tolist()
+    given = [stochastic] * len(periods) if isinstance(stochastic, bool) else list(stochastic)
+    if len(given) != len(periods):
+        raise ValueError(
+            f"seasonal_stochastic={stochastic!r} must be one bool, or one for each of {periods}"
+        )
+    return tuple(bool(given[k]) for k in np.argsort(periods))
+
+
+def _check_fixed(spec: StructuralSpec) -> None:
+    """Refuse names the model does not have, and values outside their range."""
+    fixed = dict(spec.fixed)
+    for name, value in fixed.items():
+        if name not in spec.names:
+            raise ValueError(f"fixed has {name!r}, but the model has {list(spec.names)}")
+        top = {"trend.damping": 1.0, "cycle.damping": 1.0 - 1e-8}.get(name, math.inf)
+        low = 2.0 if name == "cycle.period" else 0.0
+        if not (math.isfinite(value) and (name.startswith("ar.") or low <= value <= top)):
+            raise ValueError(f"fixed[{name!r}]={value!r} must lie between {low:g} and {top:g}")
+    ar = [fixed[name] for name in spec.others if name.startswith("ar.") and name in fixed]
+    if ar and len(ar) < spec.ar:
+        raise ValueError(
+            f"fixed has {len(ar)} of the {spec.ar} AR coefficients; fix all of them or none"
+        )
+    if ar and not (np.abs(partial_from_coefficients(np.array([ar]))) < 1.0).all():
+        raise ValueError(f"the AR coefficients {ar} in fixed are not stationary; shrink them")
 
 
 def _check_cycle(spec: StructuralSpec, bounds: tuple[float, float]) -> None:
