@@ -288,9 +288,8 @@ def summary_lines(model: LinearGaussianModel) -> list[str]:
         for name, given in zip(table["parameter"], table["fixed"], strict=True)
     ]
     width = max(map(len, names))
-    lines.append(
-        f"  {'':<{width}}  {'estimate':>11} {'std. err.':>11} {'z':>8} {'P>|z|':>7}   95 %"
-    )
+    head = f"{'estimate':>11} {'std. err.':>11} {'z':>8} {'P>|z|':>7}   95 %"
+    lines.append(f"  {'':<{width}}  {head}")
     for name, row in zip(names, table.itertuples(index=False), strict=True):
         if row.fixed:
             lines.append(f"  {name:<{width}}  {row.estimate:11.5g}")

@@ -64,13 +64,19 @@ class LinearGaussianModel(StateSpaceModel):
         return np.sqrt(np.diagonal(self.covariance_, axis1=1, axis2=2))
 
     def parameter_table(self, level: float = 95) -> pd.DataFrame:
-        """Estimates with standard errors, tests and intervals; see `seqdgm.evaluation.diagnostics`."""
+        """Estimates with standard errors, tests and intervals.
+
+        See `seqdgm.evaluation.diagnostics.parameter_table` for the columns.
+        """
         from seqdgm.evaluation.diagnostics import parameter_table
 
         return parameter_table(self, level)
 
     def information_criteria(self) -> pd.DataFrame:
-        """Log-likelihood, AIC, AICc and BIC of every fit."""
+        """Log-likelihood, AIC, AICc and BIC of every fit.
+
+        See `seqdgm.evaluation.diagnostics.information_criteria` for what is counted.
+        """
         from seqdgm.evaluation.diagnostics import information_criteria
 
         return information_criteria(self)
