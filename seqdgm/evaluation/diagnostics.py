@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from seqdgm.models._diagnostics import LinearGaussianModel
     from seqdgm.panel import Panel
 
+# Smallest eigenvalue of the information, in units of its diagonal: below lies what differences of
+# log-likelihoods cannot tell from zero.
+_SINGULAR = 1e-7
 _FEWEST = 8  # residuals below which no test says anything
 
 
@@ -62,7 +65,7 @@ def parameter_covariance(
     # In units of the standard errors, so that neither test nor inverse depends on the data's own.
     units = scale[:, :, None] * scale[:, None, :]
     correlation = np.where(np.isfinite(filled), filled / units, 0.0)
-    concave = np.linalg.eigvalsh(correlation).min(1, initial=1.0) > 1e-12
+    concave = np.linalg.eigvalsh(correlation).min(1, initial=1.0) > _SINGULAR
     safe = np.where(concave[:, None, None], correlation, np.eye(len(at)))
     inverse = np.linalg.inv(safe) / units
     out = np.full((len(values), len(names), len(names)), np.nan)
