@@ -150,14 +150,15 @@ def _boxcox_mean(mean: Tensor, variance: Tensor, power: Tensor) -> Tensor:
     half, shift = 1.0 - power * mean, mean + spread**2
     root = ((1.0 + power * mean) ** 2 + 4.0 * power * spread**2).sqrt()
     mode = torch.where(half > 0, 2.0 * shift / (half + root), 0.5 * (root - half) / power)
-    low = torch.maximum(mode - _REACH * spread, -1.0 / power)
-    width = mode + _REACH * spread - low
+    ahead = spread**2 / (1.0 + power * mode)  # of the mean; from here on distances to the mean
+    low = torch.maximum(ahead - _REACH * spread, -1.0 / power - mean)
+    width = ahead + _REACH * spread - low
     nodes, weights = np.polynomial.legendre.leggauss(_NODES)
     total = torch.zeros_like(mode)
     for node, weight in zip(0.5 * (nodes + 1.0), 0.5 * weights, strict=True):
-        g = low + width * node**3
-        log_h = torch.log1p((power * g).clamp_min(-1.0)) / power
-        density = (log_h - 0.5 * ((g - mean) / spread) ** 2).exp()
+        gap = low + width * node**3
+        log_h = torch.log1p((power * (mean + gap)).clamp_min(-1.0)) / power
+        density = (log_h - 0.5 * (gap / spread) ** 2).exp()
         total = total + 3.0 * weight * node**2 * density
     return total * width / spread / math.sqrt(2.0 * math.pi)
 

@@ -257,8 +257,8 @@ def _tests(e: Float[np.ndarray, "time"], season: int, lags: int | None) -> dict[
         raise ValueError(f"lags={lags!r} must be at least 1 and below the {len(e)} residuals")
     seen = e[np.isfinite(e)]
     most = min(2 * season if season else 10, len(e) // 5) if lags is None else int(lags)
-    names = ("ljung_box", "ljung_box_p", "lags", "break_variance", "break_variance_p")
-    names = (*names, "jarque_bera", "jarque_bera_p", "skewness", "kurtosis")
+    names = ["ljung_box", "ljung_box_p", "lags", "break_variance", "break_variance_p"]
+    names += ["jarque_bera", "jarque_bera_p", "skewness", "kurtosis"]
     if len(seen) < _FEWEST:
         return {"n": len(seen)} | dict.fromkeys(names, np.nan)
     correlations = acf(e, nlags=most, fft=False, missing="conservative")[1:]

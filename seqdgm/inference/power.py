@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seqdgm.inference.innovations import innovations
+from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
 from seqdgm.prepare import log_jacobian
-from seqdgm.recursion import StateSpaceModel
 from seqdgm.results import FitReport
 from seqdgm.transform import POWERS
 from seqdgm.types import Batch
@@ -26,7 +26,7 @@ _REFINEMENTS = (0.25, 0.05)  # half-widths of the parabolas that follow
 
 
 def profile_power(
-    draft: StateSpaceModel,
+    draft: SequenceModel,
     panel: Panel,
     attempt: Attempt,
     *,
@@ -44,7 +44,7 @@ def profile_power(
 
     Parameters
     ----------
-    draft : StateSpaceModel
+    draft : SequenceModel
         The model before the fit; it is copied for every attempt.
     panel : Panel
         The data.
@@ -82,7 +82,7 @@ def profile_power(
     skip: list[np.ndarray] = []
 
     def value(power: np.ndarray) -> np.ndarray:
-        trial = copy.deepcopy(draft)
+        trial: Any = copy.deepcopy(draft)
         report, batch = attempt(trial, torch.from_numpy(power.copy())[:, None])
         if not skip:  # which observations are diffuse does not depend on their values
             skip.append(innovations(trial, batch).diffuse.numpy())
