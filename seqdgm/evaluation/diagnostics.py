@@ -263,7 +263,7 @@ def _tests(e: Float[np.ndarray, "time"], season: int, lags: int | None) -> dict[
         return {"n": len(seen)} | dict.fromkeys(names, np.nan)
     correlations = acf(e, nlags=most, fft=False, missing="conservative")[1:]
     statistic, p_value = q_stat(correlations, len(seen))
-    variance, variance_p = breakvar_heteroskedasticity_test(e)
+    variance, variance_p = breakvar_heteroskedasticity_test(seen)
     found = (statistic[-1], p_value[-1], most, variance, variance_p, *jarque_bera(seen))
     return {"n": len(seen)} | dict(zip(names, map(float, found), strict=True))
 

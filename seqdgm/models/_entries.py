@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Place = tuple[str, tuple[int, ...]]
+
+
+def _index(place: tuple[int, ...]) -> Any:
+    """Index of one entry of every matrix along the first axis."""
+    return (slice(None), *place)
 
 
 def places(
@@ -39,7 +45,7 @@ def read(
     matrices: Mapping[str, Float[Tensor, "fits ..."]], at: Sequence[Place]
 ) -> Float[np.ndarray, "fits entries"]:
     """Values of the entries."""
-    columns = [matrices[name][(slice(None), *place)].numpy() for name, place in at]
+    columns = [matrices[name][_index(place)].numpy() for name, place in at]
     return np.stack(columns, 1)
 
 
@@ -56,9 +62,9 @@ def write(
     }
     for k, (name, place) in enumerate(at):
         column = torch.from_numpy(values[:, k].copy())
-        out[name][(slice(None), *place)] = column
+        out[name][_index(place)] = column
         if name in covariances:
-            out[name][(slice(None), *place[::-1])] = column
+            out[name][_index(place[::-1])] = column
     return out
 
 
