@@ -380,3 +380,29 @@ def test_drawing_is_imported_late() -> None:
         "assert not (late | {'seqdgm.evaluation.diagnostics'}) & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_units_change_no_test_and_no_comparison() -> None:
+    y = np.cumsum(np.random.default_rng(7).normal(size=60))
+    base = sq.ARIMA((1, 1, 0), trend="c").fit(y)
+    for unit in (1e-8, 1e8):
+        model = sq.ARIMA((1, 1, 0), trend="c").fit(unit * y)
+        found, expected = (m.parameter_table()["z"].to_numpy() for m in (model, base))
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        # A density changes by the unit, once for each of the 59 differences.
+        shift = 2 * 59 * np.log(unit)
+        assert model.aic()[0] == pytest.approx(base.aic()[0] + shift, abs=1e-6)
+    level = sq.LinearGaussianSSM(F=[[1.0]], H=[[1.0]], diffuse=True).fit(y, method="mle")
+    scaled = level.clone().set_params(scale="standard").fit(y, method="mle")
+    assert scaled.aic()[0] == pytest.approx(level.aic()[0], abs=1e-6)
+
+
+def test_a_series_that_failed_leaves_the_others_alone() -> None:
+    y = np.cumsum(np.random.default_rng(8).normal(size=40))
+    model = sq.ARIMA((0, 1, 1)).fit([np.ones(40), y])
+    alone = sq.ARIMA((0, 1, 1)).fit(y)
+    np.testing.assert_allclose(model.standard_errors_[1], alone.standard_errors_[0], rtol=1e-5)
+    assert np.isnan(model.standard_errors_[0]).all()
+    assert np.isnan(model.aic()[0])
+    assert model.aic()[1] == pytest.approx(alone.aic()[0], abs=1e-8)
+    assert model.diagnostics()["n"].tolist() == [0, 39]

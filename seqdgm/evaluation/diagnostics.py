@@ -149,7 +149,7 @@ def information_criteria(model: LinearGaussianModel) -> pd.DataFrame:
     -------
     DataFrame
         ``unique_id, n, k, log_likelihood, aic, aicc, bic``, a row a fit; ``aicc`` is infinite for
-        :math:`n \le k + 1`.
+        :math:`n \le k + 1`, and all are NaN for a series whose fit failed.
 
     References
     ----------
@@ -174,6 +174,7 @@ def information_criteria(model: LinearGaussianModel) -> pd.DataFrame:
         )
     if len(values) == 1:
         value, n = value.sum(keepdims=True), n.sum(keepdims=True)
+    value = np.where(n > 0, value, np.nan)
     k = sum(free) + (model.transform == "boxcox")
     aic = -2.0 * value + 2.0 * k
     spare = n - k - 1.0
@@ -187,7 +188,7 @@ def information_criteria(model: LinearGaussianModel) -> pd.DataFrame:
             "log_likelihood": value,
             "aic": aic,
             "aicc": aic + correction,
-            "bic": -2.0 * value + k * np.log(n),
+            "bic": -2.0 * value + k * np.log(np.maximum(n, 1)),
         }
     )
 
@@ -277,14 +278,15 @@ def summary_lines(model: LinearGaussianModel) -> list[str]:
     if model.transform == "boxcox" and power is not None:
         shown = f"{power.item():.4g}" if power.numel() == 1 else f"{len(power)}, one a series"
         lines.append(f"power     {shown} (Box-Cox, estimated)")
-    table, criteria = parameter_table(model), information_criteria(model)
-    if len(criteria) == 1:
-        n, k, _, aic, aicc, bic = criteria.iloc[0, 1:]
-        lines.append(
-            f"criteria  AIC {aic:.2f}, AICc {aicc:.2f}, BIC {bic:.2f} ({n:.0f} observations after "
-            f"diffuse ones, {k:.0f} parameters)"
-        )
-    if len(criteria) > 1 or table.empty:
+    if len(model.natural().values) > 1:
+        return lines
+    n, k, _, aic, aicc, bic = information_criteria(model).iloc[0, 1:]
+    lines.append(
+        f"criteria  AIC {aic:.2f}, AICc {aicc:.2f}, BIC {bic:.2f} ({n:.0f} observations after "
+        f"diffuse ones, {k:.0f} parameters)"
+    )
+    table = parameter_table(model)
+    if table.empty:
         return lines
     names = [
         f"{name} (fixed)" if given else name
