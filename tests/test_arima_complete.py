@@ -14,6 +14,7 @@ from scipy.special import boxcox, inv_boxcox
 
 import seqdgm as sq
 from seqdgm.models._arima_spec import ArimaSpec, constrain, free_start, unconstrain
+from seqdgm.testing import CHECKS, check_model
 from seqdgm.transform import Transform
 
 
@@ -354,3 +355,10 @@ def test_powers_of_a_panel_are_those_of_its_series(tmp_path) -> None:
 def test_bad_transformations_are_named(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(np.arange(1.0, 41.0) ** 1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ["boxcox", ("boxcox", 0.5)])
+def test_fixed_and_transformed_models_conform(transform) -> None:
+    model = sq.ARIMA((1, 0, 1), trend="c", fixed={"ma.L1": 0.2}, transform=transform)
+    assert check_model(model) == tuple(CHECKS)
