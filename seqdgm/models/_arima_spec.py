@@ -146,7 +146,7 @@ class ArimaSpec:
     @property
     def n_free(self) -> int:
         """Number of coefficients to estimate."""
-        return self.n_coefficients - int(self.given.sum())
+        return self.n_coefficients - sum(value is not None for value in self.fixed)
 
     @property
     def given(self) -> Bool[np.ndarray, "coefficients"]:
