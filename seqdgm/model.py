@@ -29,7 +29,7 @@ from seqdgm.prepare import (
     transform_for,
 )
 from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
-from seqdgm.transform import Transform, check_positive, fit_transform
+from seqdgm.transform import Function, Transform, check_positive, fit_transform, given_power
 from seqdgm.types import Batch, States, check_count, draw_seed, make_generator, seeded
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class SequenceModel(nn.Module):
     learners: ClassVar[Mapping[str, str]] = {}
     per_series: ClassVar[bool] = False
     dtype: ClassVar[torch.dtype] = torch.float64
-    transform: str | None = None
+    transform: Function = None
     scale: str | None = None
     min_length: int = 1
 
@@ -141,8 +141,8 @@ class SequenceModel(nn.Module):
         return self.scale
 
     def check_data(self, panel: Panel) -> None:
-        """Raise a ValueError for data outside the model's support (default: log needs x > 0)."""
-        if self.transform == "log":
+        """Raise a ValueError for data outside the model's support (default: powers need x > 0)."""
+        if given_power(self.transform) is not None:
             check_positive(panel)
 
     def fitted_ids(self) -> tuple[Any, ...] | None:
@@ -156,6 +156,12 @@ class SequenceModel(nn.Module):
     def estimates(self) -> dict[str, float]:
         """Named estimates of a single fitted series, for `summary`."""
         return {}
+
+    def describe(self) -> list[str]:
+        """Lines of `summary` about the estimates (default: those that `estimates` names)."""
+        estimates = self.estimates()
+        width = max(map(len, estimates), default=0)
+        return [f"  {name:<{width}}  {value: .6g}" for name, value in estimates.items()]
 
     def extra_state(self) -> dict[str, Any]:
         """What a model file must hold besides hyperparameters, weights and data."""
@@ -223,16 +229,29 @@ class SequenceModel(nn.Module):
         draft.check_data(panel)
         pooled = bool(options.get("pooled", not self.per_series))
         check_observed(panel, pooled=pooled)
-        draft.transform_ = fit_transform(
-            panel, self.transform, self.effective_scale(), pooled=pooled
-        )
-        draft.initialise(draft.transform_.forward(torch.from_numpy(panel.values.copy())).numpy())
-        draft.to(device or "cpu")
+
+        def attempt(candidate: Self, power: Tensor | None) -> tuple[FitReport, Batch]:
+            candidate.transform_ = fit_transform(
+                panel, self.transform, self.effective_scale(), pooled=pooled, power=power
+            )
+            values = torch.from_numpy(panel.values.copy())
+            candidate.initialise(candidate.transform_.forward(values).numpy())
+            candidate.to(device or "cpu")
+            batch = make_batch(
+                candidate, panel, u, list(range(panel.n_series)), candidate.transform_
+            )
+            report: FitReport = learner(
+                candidate, batch, method=method, generator=generator, progress=progress, **options
+            )
+            return report, batch
+
+        power = None
+        if self.transform == "boxcox":
+            from seqdgm.inference.power import profile_power
+
+            power = profile_power(draft, panel, attempt, pooled=pooled)
         draft.data_, draft.inputs_ = panel, u
-        batch = make_batch(draft, panel, u, list(range(panel.n_series)), draft.transform_)
-        draft.fit_report_ = learner(
-            draft, batch, method=method, generator=generator, progress=progress, **options
-        )
+        draft.fit_report_, _ = attempt(draft, power)
         self.__dict__ = draft.__dict__
         return self
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from seqdgm._align import has_labels
 from seqdgm.panel import Panel, align_inputs
-from seqdgm.transform import Transform, fit_transform
+from seqdgm.transform import Transform, check_given, fit_transform, given_power
 from seqdgm.types import Batch
 
 if TYPE_CHECKING:
@@ -155,7 +155,10 @@ def transform_for(model: SequenceModel, panel: Panel) -> Transform:
     fitted = model.transform_
     if fitted is None:
         return given_transform(model, panel.n_dims)
-    if len(fitted.loc) == 1 and model.effective_scale() != "mean":
+    power = fitted.power
+    shared = power if power is not None and len(power) == 1 else None
+    own = len(fitted.loc) > 1 or (power is not None and shared is None)
+    if not own and model.effective_scale() != "mean":
         return fitted
     held = model.data_
     same_count = held is not None and held.n_series == panel.n_series
@@ -163,7 +166,7 @@ def transform_for(model: SequenceModel, panel: Panel) -> Transform:
         place = {name: k for k, name in enumerate(held.ids)}
         if all(name in place for name in panel.ids):
             return fitted.select([place[name] for name in panel.ids])
-    return fit_transform(panel, model.transform, model.effective_scale())
+    return fit_transform(panel, model.transform, model.effective_scale(), power=shared)
 
 
 def given_transform(model: SequenceModel, dim: int) -> Transform:
@@ -172,8 +175,11 @@ def given_transform(model: SequenceModel, dim: int) -> Transform:
         raise ValueError(
             f"scale={model.scale!r} is learned from data; call fit(y) first, or use scale=None"
         )
-    same = Transform.identity(dim)
-    return Transform(model.transform == "log", same.loc, same.scale)
+    check_given(model.transform)
+    same, power = Transform.identity(dim), given_power(model.transform)
+    if power is None:
+        return same
+    return Transform(torch.full_like(same.loc, power), same.loc, same.scale)
 
 
 def _positional(panel: Panel) -> bool:
@@ -193,14 +199,19 @@ def make_batch(
 
 
 def log_jacobian(
-    panel: Panel, transform: Transform, start: np.ndarray | None = None
+    panel: Panel,
+    transform: Transform,
+    start: np.ndarray | None = None,
+    skip: np.ndarray | None = None,
 ) -> Float[np.ndarray, "series"]:
-    """Sum of log|dw/dx| over observed elements (from step ``start[n]`` on)."""
+    """Sum of log|dw/dx| over observed elements (from step ``start[n]`` on, but those to skip)."""
     if transform.trivial:
         return np.zeros(panel.n_series)
     mask = panel.mask
     if start is not None:
         mask = mask & (np.arange(panel.n_steps)[None, :, None] >= start[:, None, None])
+    if skip is not None:
+        mask = mask & ~skip
     x = torch.from_numpy(np.where(mask, panel.values, 1.0))
     return np.where(mask, transform.log_jacobian(x).numpy(), 0.0).sum((1, 2))
 

@@ -21,7 +21,7 @@ from seqdgm.transform import Transform
 if TYPE_CHECKING:
     from seqdgm.model import SequenceModel
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(model: SequenceModel, path: str | Path) -> None:
@@ -51,9 +51,9 @@ def save(model: SequenceModel, path: str | Path) -> None:
     for name, value in model.state_dict().items():
         tensors[f"weights/{name}"] = value.detach().cpu().contiguous()
     if model.transform_ is not None:
-        config["log"] = model.transform_.log
-        tensors["transform/loc"] = model.transform_.loc
-        tensors["transform/scale"] = model.transform_.scale
+        for name, value in vars(model.transform_).items():
+            if value is not None:
+                tensors[f"transform/{name}"] = value
     if model.data_ is not None:
         arrays, config["data"] = model.data_.to_config()
         for name, array in arrays.items():
@@ -119,9 +119,9 @@ def load(
         model.fit_report_ = FitReport(**_restore(config["report"], tensors))
     _set_weights(model, tensors)
     model.restore_extra(_restore(config["state"], tensors))
-    if "log" in config:
+    if "transform/loc" in tensors:
         model.transform_ = Transform(
-            config["log"], tensors["transform/loc"], tensors["transform/scale"]
+            tensors.get("transform/power"), tensors["transform/loc"], tensors["transform/scale"]
         )
     if "data" in config:
         arrays = {k[5:]: v.numpy() for k, v in tensors.items() if k.startswith("data/")}

@@ -36,10 +36,7 @@ def summarise(model: SequenceModel) -> str:
                 "(diffuse elements: -1/2 log F_inf, no 2 pi term)"
             )
         lines += [f"note      {message}" for message in report.messages]
-    estimates = model.estimates()
-    if estimates:
-        width = max(len(name) for name in estimates)
-        lines += [f"  {name:<{width}}  {value: .6g}" for name, value in estimates.items()]
+    lines += model.describe()
     count = sum(p.numel() for p in model.parameters())
     if count:
         lines.append(f"weights   {count}")

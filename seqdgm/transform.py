@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,33 +12,44 @@ from torch import Tensor
 
 from seqdgm.panel import Panel
 
+Function = str | tuple[str, float] | None  # what a model's `transform` may be
 SCALES = (None, "standard", "mean")
-TRANSFORMS = (None, "log")
+POWERS = (0.0, 2.0)  # range in which a Box-Cox power is estimated
+_NODES = 96  # of the quadrature for means
+_REACH = 9.0  # standard deviations beyond which a Gaussian has no mass in double precision
 
 
 @dataclass(frozen=True)
 class Transform:
-    r"""Monotone map :math:`w = (g(x) - \text{loc}) / \text{scale}` with :math:`g` identity or log.
+    r"""Monotone map :math:`w = (g(x) - \text{loc}) / \text{scale}` with a Box-Cox function g.
+
+    .. math:: g(x) = (x^\lambda - 1) / \lambda \quad (\lambda > 0), \qquad
+        g(x) = \log x \quad (\lambda = 0), \qquad g(x) = x \quad \text{without a power}.
 
     Likelihoods are reported in the units of `x`: the density of `x` is that of `w` times
     :math:`|dw/dx|`, which :meth:`log_jacobian` returns element by element.
 
     Parameters
     ----------
-    log : bool
-        Whether :math:`g` is the natural logarithm.
+    power : Tensor of shape (series or 1, dim), or None
+        Box-Cox power :math:`\lambda \ge 0`, 0 for the natural logarithm.
     loc, scale : Tensor of shape (series or 1, dim)
         Shift and positive scale in the units of :math:`g(x)`.
+
+    References
+    ----------
+    Box and Cox (1964), An analysis of transformations, *Journal of the Royal Statistical Society*
+    B 26(2), 211-252.
 
     Examples
     --------
     >>> import torch
     >>> one = torch.ones(1, 1, dtype=torch.float64)
-    >>> Transform(log=True, loc=0 * one, scale=one).forward(one[None]).item()
-    0.0
+    >>> Transform(power=0.5 * one, loc=0 * one, scale=one).forward(4 * one[None]).item()
+    2.0
     """
 
-    log: bool
+    power: Float[Tensor, "sys dim"] | None
     loc: Float[Tensor, "sys dim"]
     scale: Float[Tensor, "sys dim"]
 
@@ -45,62 +57,157 @@ class Transform:
     def identity(cls, dim: int) -> Transform:
         """Map that changes nothing."""
         one = torch.ones(1, dim, dtype=torch.float64)
-        return cls(log=False, loc=torch.zeros_like(one), scale=one)
+        return cls(power=None, loc=torch.zeros_like(one), scale=one)
+
+    @property
+    def log(self) -> bool:
+        """Whether g is the logarithm for every series."""
+        return self.power is not None and bool((self.power == 0).all())
 
     @property
     def trivial(self) -> bool:
         """Whether the map is the identity."""
-        return not self.log and bool((self.loc == 0).all()) and bool((self.scale == 1).all())
-
-    def _broadcast(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (self.loc.shape[0], *([1] * (like.ndim - 2)), self.loc.shape[1])
-        return (
-            self.loc.reshape(shape).to(like.device, like.dtype),
-            self.scale.reshape(shape).to(like.device, like.dtype),
-        )
+        plain = bool((self.loc == 0).all()) and bool((self.scale == 1).all())
+        return self.power is None and plain
 
     def forward(self, x: Float[Tensor, "series ... dim"]) -> Float[Tensor, "series ... dim"]:
         """Data units to model units."""
-        loc, scale = self._broadcast(x)
-        return ((x.log() if self.log else x) - loc) / scale
+        if self.power is None:
+            g = x
+        elif self.log:
+            g = x.log()
+        else:
+            power = _along(self.power, x)
+            one = torch.where(power > 0, power, 1.0)
+            g = torch.where(power > 0, torch.expm1(one * x.log()) / one, x.log())
+        return (g - _along(self.loc, x)) / _along(self.scale, x)
 
     def inverse(self, w: Float[Tensor, "series ... dim"]) -> Float[Tensor, "series ... dim"]:
-        """Model units to data units."""
-        loc, scale = self._broadcast(w)
-        g = w * scale + loc
-        return g.exp() if self.log else g
+        r"""Model units to data units.
+
+        A positive power reaches no :math:`g < -1 / \lambda`; what lies below is taken to 0.
+        """
+        g = w * _along(self.scale, w) + _along(self.loc, w)
+        if self.power is None:
+            return g
+        return g.exp() if self.log else _undone(g, _along(self.power, w))
 
     def inverse_mean(
         self, mean: Float[Tensor, "series ... dim"], variance: Float[Tensor, "series ... dim"]
     ) -> Float[Tensor, "series ... dim"]:
-        r"""Mean in data units of a Gaussian in model units (log-normal mean where `log`)."""
-        loc, scale = self._broadcast(mean)
-        g = mean * scale + loc
-        return (g + 0.5 * variance * scale**2).exp() if self.log else g
+        r"""Mean in data units of a Gaussian in model units.
 
-    def inverse_variance(
-        self, mean: Float[Tensor, "series ... dim"], variance: Float[Tensor, "series ... dim"]
-    ) -> Float[Tensor, "series ... dim"]:
-        """Variance in data units of a Gaussian in model units."""
-        loc, scale = self._broadcast(mean)
-        v = variance * scale**2
-        return torch.expm1(v) * (2 * (mean * scale + loc) + v).exp() if self.log else v
+        In closed form for the logarithm (log-normal) and without a power; elsewhere by quadrature,
+        to about fourteen digits.
+        """
+        scale = _along(self.scale, mean)
+        g, spread = mean * scale + _along(self.loc, mean), variance * scale**2
+        if self.power is None:
+            return g
+        closed = (g + 0.5 * spread).exp()
+        if self.log:
+            return closed
+        power = _along(self.power, mean)
+        one = torch.where(power > 0, power, 1.0)
+        return torch.where(power > 0, _boxcox_mean(g, spread, one), closed)
 
     def log_jacobian(self, x: Float[Tensor, "series ... dim"]) -> Float[Tensor, "series ... dim"]:
         """Logarithm of dw/dx at `x` (data units)."""
-        _, scale = self._broadcast(x)
-        out = -scale.log().expand_as(x)
-        return out - x.log() if self.log else out
+        out = -_along(self.scale, x).log().expand_as(x)
+        return out if self.power is None else out + (_along(self.power, x) - 1.0) * x.log()
 
     def select(self, rows: list[int]) -> Transform:
         """Map of the chosen series."""
-        if self.loc.shape[0] == 1:
-            return self
-        return Transform(self.log, self.loc[rows], self.scale[rows])
+
+        def chosen(field: Tensor) -> Tensor:
+            return field if field.shape[0] == 1 else field[rows]
+
+        power = None if self.power is None else chosen(self.power)
+        return Transform(power, chosen(self.loc), chosen(self.scale))
+
+
+def _along(field: Float[Tensor, "sys dim"], like: Tensor) -> Tensor:
+    """A field of the map with axes for what lies between series and dimension."""
+    shape = (field.shape[0], *([1] * (like.ndim - 2)), field.shape[1])
+    return field.reshape(shape).to(like.device, like.dtype)
+
+
+def _undone(g: Tensor, power: Tensor) -> Tensor:
+    """Inverse Box-Cox function, 0 below its range."""
+    one = torch.where(power > 0, power, 1.0)
+    root = (torch.log1p((one * g).clamp_min(-1.0)) / one).exp()
+    return torch.where(power > 0, root, g.exp())
+
+
+def _boxcox_mean(mean: Tensor, variance: Tensor, power: Tensor) -> Tensor:
+    r"""Mean of the inverse Box-Cox function of a Gaussian, for positive powers.
+
+    Gauss-Legendre quadrature of :math:`h(g) \phi(g)` about its mode :math:`g^*`, the positive root
+    :math:`(1 + \lambda g^*)(g^* - \mu) = \sigma^2`. The integrand is log-concave and at least as
+    narrow as the Gaussian. Cubed abscissae smooth the root that h has at the end of its range.
+    """
+    spread = variance.sqrt().clamp_min(1e-9)
+    half, shift = 1.0 - power * mean, mean + spread**2
+    root = ((1.0 + power * mean) ** 2 + 4.0 * power * spread**2).sqrt()
+    mode = torch.where(half > 0, 2.0 * shift / (half + root), 0.5 * (root - half) / power)
+    ahead = spread**2 / (1.0 + power * mode)  # of the mean; from here on distances to the mean
+    low = torch.maximum(ahead - _REACH * spread, -1.0 / power - mean)
+    width = ahead + _REACH * spread - low
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    total = torch.zeros_like(mode)
+    for node, weight in zip(0.5 * (nodes + 1.0), 0.5 * weights, strict=True):
+        gap = low + width * node**3
+        log_h = torch.log1p((power * (mean + gap)).clamp_min(-1.0)) / power
+        density = (log_h - 0.5 * (gap / spread) ** 2).exp()
+        total = total + 3.0 * weight * node**2 * density
+    return total * width / spread / math.sqrt(2.0 * math.pi)
+
+
+def given_power(transform: Function) -> float | None:
+    """Box-Cox power that a model's `transform` names; None without one, NaN if to be estimated.
+
+    Parameters
+    ----------
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
+
+    Raises
+    ------
+    ValueError
+        For anything else, and for a negative power: a Gaussian has mass where it has no inverse,
+        so that forecasts would have no mean.
+
+    Examples
+    --------
+    >>> given_power("log"), given_power(("boxcox", 0.5))
+    (0.0, 0.5)
+    """
+    if transform is None:
+        return None
+    if isinstance(transform, str) and transform in ("log", "boxcox"):
+        return 0.0 if transform == "log" else math.nan
+    if isinstance(transform, tuple | list) and len(transform) == 2 and transform[0] == "boxcox":
+        power = transform[1]
+        number = isinstance(power, int | float | np.number) and not isinstance(power, bool)
+        if not number or not 0 <= power < math.inf:
+            raise ValueError(
+                f"transform={transform!r}: the power must be a number of at least 0 (0 is the "
+                "logarithm); a negative one has no inverse on the whole line, so forecasts would "
+                "have no mean"
+            )
+        return float(power)
+    raise ValueError(
+        f"transform={transform!r} is unknown; choose None, 'log', 'boxcox' (power estimated) or "
+        "('boxcox', power)"
+    )
 
 
 def fit_transform(
-    panel: Panel, transform: str | None, scale: str | None, *, pooled: bool = True
+    panel: Panel,
+    transform: Function,
+    scale: str | None,
+    *,
+    pooled: bool = True,
+    power: Float[Tensor, "sys dim"] | None = None,
 ) -> Transform:
     """Fit the map on a panel.
 
@@ -108,7 +215,7 @@ def fit_transform(
     ----------
     panel : Panel
         Data to fit on (the training part).
-    transform : {None, "log"}
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
         Function applied first.
     scale : {None, "standard", "mean"}
         ``"standard"`` subtracts the mean and divides by the standard deviation of each dimension;
@@ -116,24 +223,28 @@ def fit_transform(
         None leaves the values as they are.
     pooled : bool
         Whether ``"standard"`` pools the panel or standardises every series on its own.
+    power : Tensor of shape (series or 1, dim), optional
+        Box-Cox power to use for ``"boxcox"``, which names none itself.
 
     Raises
     ------
     ValueError
-        For an unknown name, or values that the logarithm does not admit (series and place named).
+        For an unknown name, or values that the function does not admit (series and place named).
     """
-    if transform not in TRANSFORMS:
-        raise ValueError(f"transform={transform!r} is unknown; choose one of {TRANSFORMS}")
+    given = given_power(transform)
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} is unknown; choose one of {SCALES}")
-    log = transform == "log"
-    if log:
-        check_positive(panel)
-    values = np.log(panel.values) if log else panel.values
     dim = panel.n_dims
+    base = Transform.identity(dim)
+    if given is not None:
+        check_positive(panel)
+        if power is None:
+            check_given(transform)
+            power = torch.full((1, dim), given, dtype=torch.float64)
+        base = Transform(power, base.loc, base.scale)
     if scale is None:
-        base = Transform.identity(dim)
-        return Transform(log, base.loc, base.scale)
+        return base
+    values = base.forward(torch.from_numpy(panel.values.copy())).numpy()
     if scale == "standard":
         axes = (0, 1) if pooled else (1,)
         loc = np.nanmean(values, axis=axes).reshape(-1, dim)
@@ -144,7 +255,17 @@ def fit_transform(
     # A constant dimension has no scale of its own; dividing by it would only amplify rounding.
     floor = 1e-12 * np.maximum(1.0, np.abs(loc))
     spread = np.where(spread > floor, spread, 1.0)
-    return Transform(log, torch.from_numpy(loc.copy()), torch.from_numpy(spread.copy()))
+    return Transform(base.power, torch.from_numpy(loc.copy()), torch.from_numpy(spread.copy()))
+
+
+def check_given(transform: Function) -> None:
+    """Raise a ValueError if the power of a Box-Cox function still has to be estimated."""
+    power = given_power(transform)
+    if power is not None and math.isnan(power):
+        raise ValueError(
+            f"transform={transform!r} is learned from data; call fit(y) first, or give the power: "
+            "transform=('boxcox', 0.5)"
+        )
 
 
 def check_positive(panel: Panel) -> None:
@@ -154,6 +275,6 @@ def check_positive(panel: Panel) -> None:
         n, t, d = bad[0]
         raise ValueError(
             f"series {panel.ids[n]!r}, column {panel.columns[d]!r}, {panel.index[n][t]!s}: value "
-            f"{panel.values[n, t, d]:g} is not positive, so it has no logarithm; use "
+            f"{panel.values[n, t, d]:g} is not positive, so it has no logarithm or power; use "
             "transform=None or shift the series"
         )

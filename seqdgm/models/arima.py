@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqdgm.inference.hessian import Natural
 from seqdgm.kernels.types import System
 from seqdgm.models._arima import (
     ArimaSpec,
@@ -18,26 +20,31 @@ from seqdgm.models._arima import (
     starting_values,
     system,
 )
+from seqdgm.models._arima_spec import free_start, inside
+from seqdgm.models._diagnostics import LinearGaussianModel
 from seqdgm.panel import Panel
-from seqdgm.recursion import StateSpaceModel
+from seqdgm.transform import Function
 from seqdgm.types import Batch
 
 if TYPE_CHECKING:
     from seqdgm.models._arima_fit import Fits
 
 
-class _ArimaBase(StateSpaceModel):
+class _ArimaBase(LinearGaussianModel):
     """What both models share: an `ArimaSpec`, its coefficients and the exact likelihood."""
 
     engines: ClassVar[tuple[str, ...]] = ("kalman",)
     learners: ClassVar[Mapping[str, str]] = {"mle": "quasi-newton"}
-    concentrated: ClassVar[bool] = True
     per_series: ClassVar[bool] = True
     obs_dim_: int | None
 
-    def __init__(self, spec: ArimaSpec, transform: str | None) -> None:
+    def __init__(
+        self, spec: ArimaSpec, transform: Function, fixed: Mapping[str, float] | None = None
+    ) -> None:
         super().__init__()
         self.transform = transform
+        self._fixed = _checked_fixed(fixed, spec)
+        spec = spec.fix(self._fixed, spec.names())
         self.spec_ = spec
         self.latent_dim = spec.n_state
         self.min_length = spec.n_diff + spec.n_free + 2
@@ -51,16 +58,27 @@ class _ArimaBase(StateSpaceModel):
         return self.sigma2_ is not None
 
     @property
+    def concentrated(self) -> bool:
+        """Whether the innovation variance is estimated, in closed form; otherwise it is fixed."""
+        return "sigma2" not in self._fixed
+
+    @property
     def coefficient_names(self) -> tuple[str, ...]:
-        """Names of the columns of ``coefficients_``."""
-        return self.spec_.names()
+        """Names of the columns of ``coefficients_``; regressors are called as their columns are."""
+        return self.spec_.names(self.input_columns_)
+
+    def season_steps(self) -> int:
+        """Steps of the season, 0 without one."""
+        return self.spec_.s
 
     def build(self, obs_dim: int, input_dim: int, **options: Any) -> None:
-        """Take the number of regressors into the specification."""
-        old = self.spec_
-        self.spec_ = ArimaSpec(
-            old.p, old.d, old.q, old.P, old.D, old.Q, old.s, old.trend, input_dim
-        )
+        """Take the regressors into the specification."""
+        plain = replace(self.spec_, n_inputs=input_dim, fixed=())
+        names = plain.names(self.input_columns_)
+        unknown = [name for name in self._fixed if name not in (*names, "sigma2")]
+        if unknown:
+            raise ValueError(_unknown_names(unknown, names))
+        self.spec_ = plain.fix(self._fixed, names)
 
     def check_data(self, panel: Panel) -> None:
         """Raise a ValueError unless there is one column."""
@@ -116,22 +134,27 @@ class _ArimaBase(StateSpaceModel):
         If pooled, their mean over the series.
         """
         x, u = self._arrays(batch)
-        start = np.empty((batch.n_series, self.spec_.n_free))
+        spec = replace(self.spec_, fixed=())
+        start = np.empty((batch.n_series, spec.n_free))
         lengths = batch.lengths.numpy()
         for length in np.unique(lengths):  # a series starts where it would start alone
             rows = lengths == length
             known = None if u is None else u[rows, :length]
-            start[rows] = starting_values(self.spec_, x[rows, :length], known)
+            start[rows] = starting_values(spec, x[rows, :length], known)
         start = start.mean(0, keepdims=True) if pooled else start
-        if not self.spec_.n_arma:
-            return start[None]
-        plain = start.copy()
-        plain[:, : self.spec_.n_arma] = 0.0
-        return np.stack([start, plain])
+        starts = [start]
+        if spec.n_arma:
+            plain = start.copy()
+            plain[:, : spec.n_arma] = 0.0
+            starts.append(plain)
+        if self.spec_.fixed:
+            starts = [free_start(self.spec_, constrain(spec, values)) for values in starts]
+        return np.stack(starts)
 
     def free_sizes(self, batch: Batch) -> Float[np.ndarray, "series free"]:
         """Typical sizes: one for ARMA parameters, those of the data for trend and regressors."""
-        return parameter_sizes(self.spec_, *self._arrays(batch))
+        sizes = parameter_sizes(replace(self.spec_, fixed=()), *self._arrays(batch))
+        return sizes[:, ~self.spec_.given]
 
     def free_system(
         self,
@@ -139,8 +162,9 @@ class _ArimaBase(StateSpaceModel):
         rows: Int[Tensor, "batch"],
         u: Float[Tensor, "batch steps inputs"],
     ) -> System:
-        """System matrices of unconstrained vectors, with innovation variance 1."""
-        return self._build_system(constrain(self.spec_, theta.numpy()), np.ones(len(theta)), u)
+        """System matrices of unconstrained vectors, with innovation variance 1 unless fixed."""
+        variance = np.full(len(theta), self._fixed.get("sigma2", 1.0))
+        return self._build_system(constrain(self.spec_, theta.numpy()), variance, u)
 
     def set_free(
         self,
@@ -150,8 +174,29 @@ class _ArimaBase(StateSpaceModel):
     ) -> None:
         """Take over the optimum."""
         self.coefficients_ = torch.from_numpy(constrain(self.spec_, theta.numpy()))
-        self.sigma2_ = variance
+        self.sigma2_ = variance * self._fixed.get("sigma2", 1.0)
         self._ids = ids if ids is not None and len(ids) > 1 else None
+
+    def natural(self) -> Natural:
+        """Coefficients and innovation variance."""
+        values = np.column_stack([self.coefficients_.numpy(), self.sigma2_.numpy()])
+        free = (*~self.spec_.given, self.concentrated)
+        return Natural((*self.coefficient_names, "sigma2"), values, tuple(map(bool, free)))
+
+    def natural_inside(
+        self, values: Float[np.ndarray, "rows parameters"]
+    ) -> Bool[np.ndarray, "rows"]:
+        """Stationary, invertible, and a positive variance."""
+        return inside(self.spec_, values[:, :-1]) & (values[:, -1] > 0)
+
+    def natural_system(
+        self,
+        values: Float[np.ndarray, "rows parameters"],
+        fits: Int[np.ndarray, "rows"],
+        u: Float[Tensor, "rows steps inputs"],
+    ) -> System:
+        """System matrices of rows of coefficients and variances."""
+        return self._build_system(values[:, :-1], values[:, -1], u)
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
         x = torch.where(batch.mask, batch.x, torch.nan)[..., 0].numpy()
@@ -181,9 +226,22 @@ class ARIMA(_ArimaBase):
     order : tuple (p, d, q)
     seasonal : tuple (P, D, Q, s)
     trend : {None, "c", "t", "ct"}
-        Intercept and linear term in the equation of the differenced series.
-    transform : {None, "log"}
-        Function applied to the data first; forecasts are transformed back without bias.
+        Intercept :math:`c` (called ``const``), linear term :math:`\kappa` (``drift``) or both, in
+        the equation of the differenced series. After one difference ``"c"`` is what R's
+        ``forecast::Arima`` calls ``include.drift``: the series climbs by
+        :math:`c / (\phi(1)\Phi(1))` a step (a season, if the difference is seasonal), and without
+        AR terms by ``const`` itself. With no difference the mean is
+        :math:`c / (\phi(1)\Phi(1))`, which R reports instead of :math:`c`.
+    fixed : mapping of str to float, optional
+        Values of coefficients that are not to be estimated, by the names of ``coefficient_names``
+        (``"ar.L1"``, ``"ma.S.L12"``, ``"const"``, ``"drift"``, a regressor's column or ``"u1"``),
+        or of ``"sigma2"``, in the units of the transformed data. Fixing lags at 0 gives a sparse
+        polynomial.
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
+        Function applied to the data first: the logarithm or the Box-Cox function
+        :math:`(x^\lambda - 1) / \lambda` with the power given, or estimated by maximum likelihood
+        between 0 (the logarithm) and 2. Forecasts are transformed back without bias: means are
+        means, quantiles quantiles, and likelihoods are those of the data.
 
     Attributes
     ----------
@@ -201,6 +259,8 @@ class ARIMA(_ArimaBase):
     >>> model = sq.ARIMA((0, 1, 1), seasonal=(0, 1, 1, 12), transform="log").fit(y)
     >>> [round(c, 3) for c in model.coefficients_[0].tolist()]
     [-0.402, -0.557]
+    >>> model.standard_errors_[0].round(3).tolist()
+    [0.09, 0.073, 0.0]
 
     References
     ----------
@@ -214,14 +274,16 @@ class ARIMA(_ArimaBase):
         seasonal: tuple[int, int, int, int] = (0, 0, 0, 0),
         trend: str | None = None,
         *,
-        transform: str | None = None,
+        fixed: Mapping[str, float] | None = None,
+        transform: Function = None,
     ) -> None:
         if len(tuple(order)) != 3 or len(tuple(seasonal)) != 4:
             raise ValueError(
                 f"order={order!r} must be (p, d, q) and seasonal={seasonal!r} (P, D, Q, s)"
             )
-        super().__init__(ArimaSpec(*order, *seasonal, trend), transform)
+        super().__init__(ArimaSpec(*order, *seasonal, trend), transform, fixed)
         self.order, self.seasonal, self.trend = tuple(order), tuple(seasonal), trend
+        self.fixed = fixed
 
 
 class SeasonalNaive(_ArimaBase):
@@ -233,8 +295,8 @@ class SeasonalNaive(_ArimaBase):
     ----------
     season : int
         Steps in a season.
-    transform : {None, "log"}
-        Function applied to the data first.
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
+        Function applied to the data first, as in `ARIMA`.
 
     Examples
     --------
@@ -247,7 +309,7 @@ class SeasonalNaive(_ArimaBase):
     Hyndman and Athanasopoulos (2021), *Forecasting: Principles and Practice*, 3rd ed., section 5.2.
     """
 
-    def __init__(self, season: int = 1, *, transform: str | None = None) -> None:
+    def __init__(self, season: int = 1, *, transform: Function = None) -> None:
         if int(season) != season or season < 1:
             raise ValueError(f"season={season!r} must be a whole number of steps, at least 1")
         spec = ArimaSpec(d=1) if season == 1 else ArimaSpec(D=1, s=int(season))
@@ -258,3 +320,25 @@ class SeasonalNaive(_ArimaBase):
         """Refuse regressors, which a naive forecast has no use for."""
         if input_dim:
             raise ValueError("SeasonalNaive takes no inputs; use ARIMA for regressors")
+
+
+def _checked_fixed(fixed: Mapping[str, float] | None, spec: ArimaSpec) -> dict[str, float]:
+    """Fixed values as numbers; names that only the data can tell are left to `build`."""
+    given = dict(fixed or {})
+    for name, value in given.items():
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not isinstance(name, str) or not number or not np.isfinite(value):
+            raise ValueError(f"fixed has {name!r}: {value!r}; give a finite number for each name")
+    if given.get("sigma2", 1.0) <= 0:
+        raise ValueError(f"fixed sigma2={given['sigma2']!r} must be positive")
+    own = (*spec.names(), "sigma2")
+    wrong = [k for k in given if k not in own and k.startswith(("ar.", "ma.", "const", "drift"))]
+    if wrong:
+        raise ValueError(_unknown_names(wrong, spec.names()))
+    return {name: float(value) for name, value in given.items()}
+
+
+def _unknown_names(unknown: list[str], names: tuple[str, ...]) -> str:
+    return (
+        f"fixed names {unknown}, which the model does not have; its names are {[*names, 'sigma2']}"
+    )

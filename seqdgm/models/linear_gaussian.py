@@ -11,8 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
+from seqdgm.inference.hessian import Natural
 from seqdgm.kernels.types import System
+from seqdgm.models import _entries
+from seqdgm.models._diagnostics import LinearGaussianModel
 from seqdgm.models._matrices import (
+    COVARIANCES,
     NAMES,
     Matrices,
     check_shapes,
@@ -24,14 +28,14 @@ from seqdgm.models._matrices import (
 )
 from seqdgm.models._subspace import random_values, spread_values, starting_values
 from seqdgm.panel import Panel
-from seqdgm.recursion import StateSpaceModel
+from seqdgm.transform import Function
 from seqdgm.types import Batch, Inputs, check_count
 
 if TYPE_CHECKING:
     from seqdgm.inference.em import Expected, Moments
 
 
-class LinearGaussianSSM(StateSpaceModel):
+class LinearGaussianSSM(LinearGaussianModel):
     r"""Linear-Gaussian state-space model (linear dynamical system).
 
     .. math::
@@ -61,8 +65,8 @@ class LinearGaussianSSM(StateSpaceModel):
         Starts of the search: subspace estimates, then random ones from the seed of `fit`. EM
         follows all of them; quasi-Newton goes on from the best after 20 EM steps (Biernacki,
         Celeux and Govaert 2003). The best is kept for every series.
-    transform : {None, "log"}
-        Function applied to the data first.
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
+        Function applied to the data first, as in `ARIMA`.
     scale : {None, "standard", "mean"}
         Scaling of the data inside the model; likelihoods stay in the data's own units.
 
@@ -114,7 +118,7 @@ class LinearGaussianSSM(StateSpaceModel):
         learn: Sequence[str] | None = None,
         emission_cov: str = "full",
         n_starts: int = 1,
-        transform: str | None = None,
+        transform: Function = None,
         scale: str | None = None,
     ) -> None:
         super().__init__()
@@ -379,6 +383,44 @@ class LinearGaussianSSM(StateSpaceModel):
 
     def _unpack(self, theta: Tensor, rows: Tensor) -> Matrices:
         return unpack(theta, self._template.take(rows), self._ordered_free(), self.emission_cov)
+
+    # -- standard errors ------------------------------------------------------------------------
+
+    def natural(self) -> Natural:
+        """Entries of the learned matrices, of covariances those of the lower triangle."""
+        places, learned = self._places(), self._learned()
+        names = tuple(f"{name}[{','.join(map(str, place))}]" for name, place in places)
+        values = np.empty((len(self.matrices.F), 0))
+        if places:
+            values = _entries.read(learned, places)
+        return Natural(names, values, (True,) * len(names))
+
+    def natural_inside(
+        self, values: Float[np.ndarray, "rows parameters"]
+    ) -> Bool[np.ndarray, "rows"]:
+        """Positive definite covariances."""
+        base = {name: value[:1] for name, value in self._learned().items()}
+        rows = _entries.write(base, self._places(), values, COVARIANCES)
+        return np.broadcast_to(_entries.definite(rows, COVARIANCES), len(values))
+
+    def natural_system(
+        self,
+        values: Float[np.ndarray, "rows parameters"],
+        fits: Int[np.ndarray, "rows"],
+        u: Float[Tensor, "rows steps inputs"],
+    ) -> System:
+        """System matrices of rows of entries."""
+        base = self.matrices.take(torch.from_numpy(fits))
+        learned = {name: getattr(base, name) for name in self._ordered_free()}
+        rows = _entries.write(learned, self._places(), values, COVARIANCES)
+        return base._replace(**rows).system(u, self.diffuse_mask)
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {name: getattr(self.matrices, name) for name in self._ordered_free()}
+
+    def _places(self) -> list[_entries.Place]:
+        diagonal = ("R",) if self.emission_cov == "diagonal" else ()
+        return _entries.places(self._learned(), COVARIANCES, diagonal)
 
     # -- the recursion --------------------------------------------------------------------------
 

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqdgm.inference.hessian import Natural
 from seqdgm.kernels.types import System
+from seqdgm.models._diagnostics import LinearGaussianModel
 from seqdgm.models._polynomials import partial_from_coefficients
 from seqdgm.models._structural import StructuralSpec, harmonic_numbers, system
 from seqdgm.models._structural_search import (
@@ -25,13 +27,13 @@ from seqdgm.models._structural_search import (
 )
 from seqdgm.panel import Panel
 from seqdgm.prepare import prepare
-from seqdgm.recursion import StateSpaceModel
+from seqdgm.transform import Function
 from seqdgm.types import Batch
 
 _KINDS = (None, "stochastic", "deterministic")
 
 
-class StructuralSSM(StateSpaceModel):
+class StructuralSSM(LinearGaussianModel):
     r"""Structural time series model (unobserved components), by exact maximum likelihood.
 
     .. math::
@@ -96,8 +98,9 @@ class StructuralSSM(StateSpaceModel):
         Parameters that are not estimated, by their names in ``parameter_names``, with their values:
         ``{"sigma2.irregular": 1.0, "cycle.damping": 0.9}``. Variances are in the square of the
         model's units. AR coefficients are fixed all together.
-    transform : {None, "log"}
-        Function applied to the data first; forecasts are transformed back without bias.
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
+        Function applied to the data first, as in `ARIMA`; forecasts are transformed back without
+        bias.
 
     Attributes
     ----------
@@ -140,7 +143,7 @@ class StructuralSSM(StateSpaceModel):
         irregular: bool = True,
         time_varying_regression: bool = False,
         fixed: Mapping[str, float] | None = None,
-        transform: str | None = None,
+        transform: Function = None,
     ) -> None:
         super().__init__()
         self.level, self.trend, self.seasonal = level, trend, seasonal
@@ -344,6 +347,39 @@ class StructuralSSM(StateSpaceModel):
         self.input_sizes_ = torch.from_numpy(self._scope.sizes)
         self._ids = ids if ids is not None and len(ids) > 1 else None
         self._scope = None
+
+    def season_steps(self) -> int:
+        """Steps of the longest season, 0 without one."""
+        return max(self.spec_.periods, default=0)
+
+    def natural(self) -> Natural:
+        """Variances, and the parameters of cycle, damping and AR part."""
+        names, known = self.parameter_names, self.fixed or {}
+        free = tuple(name not in known for name in names)
+        return Natural(names, self.parameters_.numpy(), free)
+
+    def natural_inside(
+        self, values: Float[np.ndarray, "rows parameters"]
+    ) -> Bool[np.ndarray, "rows"]:
+        """No negative variance, damping between 0 and 1, a period of at least 2, stationary AR."""
+        inside = (values[:, : len(self.spec_.sources)] >= 0).all(1)
+        named = dict(zip(self.parameter_names, values.T, strict=True))
+        for name in ("trend.damping", "cycle.damping"):
+            rho = named.get(name, np.zeros(len(values)))
+            inside &= (rho >= 0) & (rho < 1)
+        inside &= named.get("cycle.period", np.full(len(values), 2.0)) >= 2
+        ar = values[:, values.shape[1] - self.spec_.ar :]
+        return inside & (np.abs(partial_from_coefficients(ar)).max(1, initial=0.0) < 1)
+
+    def natural_system(
+        self,
+        values: Float[np.ndarray, "rows parameters"],
+        fits: Int[np.ndarray, "rows"],
+        u: Float[Tensor, "rows steps inputs"],
+    ) -> System:
+        """System matrices of rows of parameters."""
+        sizes = None if self.input_sizes_ is None else self.input_sizes_.numpy()[fits]
+        return self._build_system(values, sizes, u)
 
     def _build_system(self, parameters: np.ndarray, sizes: np.ndarray | None, u: Tensor) -> System:
         if not self.spec_.n_inputs:
