@@ -6,18 +6,18 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.inference import mle
 from seqdgm.results import FitReport
 from seqdgm.types import Batch
 
-GROUP = 256  # series fitted in one call, which bounds the memory of their system matrices
+GROUP = 256  # series fitted by matrices at once, which bounds their memory
 
 
 class Candidate(mle.QuasiNewtonModel, Protocol):
@@ -27,15 +27,24 @@ class Candidate(mle.QuasiNewtonModel, Protocol):
     sigma2_: Float[Tensor, "series"]
 
 
-class Fit(NamedTuple):
-    """One model of one series; the criterion of a rejected one is infinite."""
+class Fit(Protocol):
+    """One model of one series."""
 
-    key: Any
-    coefficients: Float[np.ndarray, "free"]
-    sigma2: float
-    log_likelihood: float
-    criterion: float
-    converged: bool
+    @property
+    def log_likelihood(self) -> float:
+        """Log-likelihood at the estimate."""
+
+    @property
+    def criterion(self) -> float:
+        """What is minimised; infinite for a model that is not to be chosen."""
+
+    @property
+    def converged(self) -> bool:
+        """Whether the optimiser did."""
+
+    @property
+    def message(self) -> str:
+        """What the user should know."""
 
 
 Search = Generator[Sequence[Any], list[float], None]
@@ -45,35 +54,33 @@ Waiting = dict[int, tuple[Search, Sequence[Any]]]
 class SelectingModel(Protocol):
     """What a model must say to be selected here."""
 
-    def searches(self, batch: Batch) -> Sequence[Search | None]:
-        """One search a series; None where it leaves nothing to be explained.
+    def start_searches(self, batch: Batch) -> tuple[Mapping[int, Search], Mapping[int, Fit]]:
+        """Search of each series, and the fits of those that need none.
 
         A search yields keys of candidates and is sent their criteria, until it has found its best.
         """
 
+    def fit_jobs(
+        self, jobs: Sequence[tuple[int, Any]], batch: Batch, max_iter: int
+    ) -> Sequence[Fit | None]:
+        """Fit each key to its series; None where only `candidate` can."""
+
     def candidate(self, key: Any) -> Candidate:
         """Unfitted model of a key."""
 
-    def criteria(
+    def judge(
         self,
         key: Any,
         coefficients: Float[np.ndarray, "series free"],
+        sigma2: Float[np.ndarray, "series"],
         log_likelihood: Float[np.ndarray, "series"],
-        batch: Batch,
-    ) -> Float[np.ndarray, "series"]:
-        """What is minimised; infinite for a model that is not to be chosen."""
+        converged: Bool[np.ndarray, "series"],
+        n: Int[np.ndarray, "series"],
+    ) -> Sequence[Fit]:
+        """Fits from the estimates of one key for series of `n` observations."""
 
-    def set_chosen(self, chosen: Mapping[int, Fit], ids: tuple[Any, ...]) -> None:
-        """Take over the best model of every series that was searched."""
-
-
-class Fitted(NamedTuple):
-    """Estimates of one candidate for several series; NaN likelihood where it failed."""
-
-    coefficients: Float[np.ndarray, "series free"]
-    sigma2: Float[np.ndarray, "series"]
-    log_likelihood: Float[np.ndarray, "series"]
-    converged: Bool[np.ndarray, "series"]
+    def set_chosen(self, chosen: Sequence[Any], ids: tuple[Any, ...]) -> None:
+        """Take over the best fit of every series."""
 
 
 def fit(
@@ -87,8 +94,8 @@ def fit(
 ) -> FitReport:
     """Choose and fit the best model of every series.
 
-    In each round every series that still searches names its next candidates; those of the same
-    key are fitted in one batched call.
+    In each round every series that still searches names its next candidates, and those of all
+    series are fitted together.
 
     Parameters
     ----------
@@ -103,9 +110,9 @@ def fit(
         If all candidates of a series are rejected.
     """
     begin = time.perf_counter()
-    best: dict[int, Fit] = {}
-    searches = enumerate(model.searches(batch))
-    waiting: Waiting = {k: (search, next(search)) for k, search in searches if search is not None}
+    searches, settled = model.start_searches(batch)
+    best: dict[int, Fit] = dict(settled)
+    waiting: Waiting = {k: (search, next(search)) for k, search in searches.items()}
     rounds = 0
     with _shown(batch.n_series, shown=progress) as show:
         while waiting:
@@ -115,38 +122,28 @@ def fit(
             waiting = _advance(waiting, found)
             rounds += 1
             show(batch.n_series - len(waiting))
-    for k, one in best.items():
-        if not np.isfinite(one.criterion):
+    chosen = [best[k] for k in range(batch.n_series)]
+    for name, one in zip(batch.ids, chosen, strict=True):
+        if one.criterion == np.inf:
             raise ValueError(
-                f"series {batch.ids[k]!r}: every candidate was rejected; the series may be too "
-                "short: give d and D, or another model"
+                f"series {name!r}: every candidate was rejected; the series may be too short: give "
+                "d and D, or another model"
             )
-    model.set_chosen(best, batch.ids)
-    return _report(batch, best, method, rounds, time.perf_counter() - begin)
-
-
-def fit_group(
-    candidate: Candidate, batch: Batch, generator: torch.Generator, max_iter: int
-) -> Fitted:
-    """Fit one candidate to every series of a batch by exact maximum likelihood."""
-    try:
-        report = mle.fit(
-            candidate,
-            batch,
-            method="mle",
-            generator=generator,
-            progress=False,
-            max_iter=max_iter,
-        )
-    except ValueError:  # no series has a finite likelihood: the candidate fits none of them
-        nothing = np.full(batch.n_series, np.nan)
-        return Fitted(np.zeros((batch.n_series, 0)), nothing, nothing, np.isfinite(nothing))
-    assert report.log_likelihood is not None
-    return Fitted(
-        candidate.coefficients_.numpy(),
-        candidate.sigma2_.numpy(),
-        report.log_likelihood,
-        report.converged,
+    model.set_chosen(chosen, batch.ids)
+    likelihood = np.array([one.log_likelihood for one in chosen])
+    return FitReport(
+        method=method,
+        objective=(float(likelihood.sum()),),
+        valid_objective=(),
+        converged=np.array([one.converged for one in chosen]),
+        n_iter=rounds,
+        seconds=time.perf_counter() - begin,
+        log_likelihood=likelihood,
+        messages=tuple(
+            f"series {name!r}: {one.message}"
+            for name, one in zip(batch.ids, chosen, strict=True)
+            if one.message
+        ),
     )
 
 
@@ -157,31 +154,40 @@ def _fit_round(
     generator: torch.Generator,
     max_iter: int,
 ) -> dict[int, list[Fit]]:
-    """Fit what every series waits for, one group of series with the same candidate at a time."""
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for k, (_, keys) in waiting.items():
-        for key in keys:
-            groups[key].append(k)
+    """Fit what every series waits for."""
+    jobs = [(k, key) for k, (_, keys) in waiting.items() for key in keys]
     found: dict[tuple[int, Any], Fit] = {}
-    for key, members in groups.items():
-        for first in range(0, len(members), GROUP):
-            rows = members[first : first + GROUP]
-            part = batch.take(torch.tensor(rows))
-            fitted = fit_group(model.candidate(key), part, generator, max_iter)
-            value = np.full(len(rows), np.inf)
-            if np.isfinite(fitted.log_likelihood).any():
-                value = model.criteria(key, fitted.coefficients, fitted.log_likelihood, part)
-            for k, *one in zip(
-                rows,
-                fitted.coefficients,
-                fitted.sigma2.tolist(),
-                fitted.log_likelihood.tolist(),
-                value.tolist(),
-                fitted.converged.tolist(),
-                strict=True,
-            ):
-                found[k, key] = Fit(key, *one)
+    others: dict[Any, list[int]] = defaultdict(list)
+    for (k, key), one in zip(jobs, model.fit_jobs(jobs, batch, max_iter), strict=True):
+        if one is None:
+            others[key].append(k)
+        else:
+            found[k, key] = one
+    for key, rows in others.items():
+        for first in range(0, len(rows), GROUP):
+            part = rows[first : first + GROUP]
+            fits = _fit_group(model, key, batch.take(torch.tensor(part)), generator, max_iter)
+            found.update(zip(((k, key) for k in part), fits, strict=True))
     return {k: [found[k, key] for key in keys] for k, (_, keys) in waiting.items()}
+
+
+def _fit_group(
+    model: SelectingModel, key: Any, batch: Batch, generator: torch.Generator, max_iter: int
+) -> Sequence[Fit]:
+    """Fit one candidate to every series of a batch through its system matrices."""
+    candidate = model.candidate(key)
+    report = mle.fit(
+        candidate, batch, method="mle", generator=generator, progress=False, max_iter=max_iter
+    )
+    assert report.log_likelihood is not None
+    return model.judge(
+        key,
+        candidate.coefficients_.numpy(),
+        candidate.sigma2_.numpy(),
+        report.log_likelihood,
+        report.converged,
+        batch.mask.sum((1, 2)).numpy(),
+    )
 
 
 def _advance(waiting: Waiting, found: Mapping[int, Sequence[Fit]]) -> Waiting:
@@ -193,28 +199,6 @@ def _advance(waiting: Waiting, found: Mapping[int, Sequence[Fit]]) -> Waiting:
         except StopIteration:
             continue
     return still
-
-
-def _report(
-    batch: Batch, best: Mapping[int, Fit], method: str, rounds: int, seconds: float
-) -> FitReport:
-    n = batch.n_series
-    likelihood = np.array([best[k].log_likelihood if k in best else 0.0 for k in range(n)])
-    messages = [
-        f"series {batch.ids[k]!r} leaves nothing to be explained: its innovation variance is 0"
-        for k in range(n)
-        if k not in best
-    ]
-    return FitReport(
-        method=method,
-        objective=(float(likelihood.sum()),),
-        valid_objective=(),
-        converged=np.array([k not in best or best[k].converged for k in range(n)]),
-        n_iter=rounds,
-        seconds=seconds,
-        log_likelihood=likelihood,
-        messages=tuple(messages),
-    )
 
 
 @contextmanager

@@ -59,6 +59,18 @@ class Orders(NamedTuple):
         return name + (" with drift" if self.d + self.D else " with mean")
 
 
+class Fit(NamedTuple):
+    """One model of one series; the criterion of a rejected one is infinite."""
+
+    orders: Orders
+    coefficients: Float[np.ndarray, "free"]
+    sigma2: float
+    log_likelihood: float
+    criterion: float
+    converged: bool
+    message: str = ""
+
+
 Search = Generator[list[Orders], list[float], None]
 
 
@@ -99,14 +111,14 @@ class Plan(NamedTuple):
         Bounds that suit the length of the series.
     n : int
         Number of observations.
-    exact : ndarray of shape (free,), or None
-        Coefficients of `null` where it leaves nothing unexplained, and no search is needed.
+    exact : Fit or None
+        Fit of `null` where it leaves nothing unexplained, and no search is needed.
     """
 
     null: Orders
     limits: Limits
     n: int
-    exact: Float[np.ndarray, "free"] | None
+    exact: Fit | None
 
 
 def make_plan(
@@ -157,8 +169,10 @@ def make_plan(
     coefficients = starting_values(spec, x[None], None if u is None else u[None])
     *_, trend, beta = spec.split(coefficients)
     left = difference(x if u is None else x - u @ beta[0], d, D, season) - trend.sum()
-    exact = np.sqrt(np.nanmean(left**2)) <= FLAT * scale if np.isfinite(left).any() else False
-    return Plan(null, limits, n, coefficients[0] if exact else None)
+    if not np.isfinite(left).any() or np.sqrt(np.nanmean(left**2)) > FLAT * scale:
+        return Plan(null, limits, n, None)
+    said = "its model leaves nothing to be explained, so the innovation variance is 0"
+    return Plan(null, limits, n, Fit(null, coefficients[0], 0.0, 0.0, -np.inf, True, said))
 
 
 def _residuals(x: np.ndarray, u: np.ndarray) -> np.ndarray:

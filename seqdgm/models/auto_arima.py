@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels.types import System
+from seqdgm.models._arima import ArimaSpec, constrain
+from seqdgm.models._arima_fit import fit_jobs
 from seqdgm.models._auto_arima import (
     CRITERIA,
+    Fit,
     Limits,
     Orders,
-    Plan,
     Search,
     criteria,
     embed,
@@ -30,9 +33,6 @@ from seqdgm.models.arima import ARIMA
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
 from seqdgm.types import Batch, check_count
-
-if TYPE_CHECKING:
-    from seqdgm.inference.order_search import Fit
 
 
 class AutoARIMA(StateSpaceModel):
@@ -145,7 +145,6 @@ class AutoARIMA(StateSpaceModel):
         if stationary and (d or D):
             raise ValueError(f"stationary=True contradicts d={d} and D={D}; leave them out")
         self._ids: tuple[Any, ...] | None = None
-        self._plans: list[Plan] = []
         self.register_buffer("order_table_", None)
         self.register_buffer("coefficients_", None)
         self.register_buffer("sigma2_", None)
@@ -191,14 +190,7 @@ class AutoARIMA(StateSpaceModel):
                 f"the model holds {len(more) + 1} series with orders of their own, see orders_; "
                 "fit one of them to get its ARIMA"
             )
-        spec = orders.spec(self._season, self.input_dim_)
-        model = ARIMA(
-            (spec.p, spec.d, spec.q),
-            (spec.P, spec.D, spec.Q, spec.s),
-            spec.trend,
-            transform=self.transform,
-        )
-        model.build(1, self.input_dim_)
+        model = self._plain(orders, self.transform)
         model.coefficients_, model.sigma2_ = self.coefficients_, self.sigma2_
         for name in ("obs_dim_", "input_dim_", "input_columns_", "data_", "inputs_"):
             setattr(model, name, getattr(self, name))
@@ -280,8 +272,8 @@ class AutoARIMA(StateSpaceModel):
 
     # -- the search -----------------------------------------------------------------------------
 
-    def searches(self, batch: Batch) -> list[Search | None]:
-        """One search a series, after its differences are settled; None where it is explained."""
+    def start_searches(self, batch: Batch) -> tuple[dict[int, Search], dict[int, Fit]]:
+        """Search of each series, its differences settled, and the fits of those that need none."""
         limits = Limits(
             self.max_p,
             self.max_q,
@@ -291,9 +283,8 @@ class AutoARIMA(StateSpaceModel):
             0 if self.stationary else self.max_D,
             self.max_order,
         )
-        x = torch.where(batch.mask, batch.x, torch.nan)[..., 0].numpy()
-        allowed = (self.allow_mean, self.allow_drift)
-        self._plans = []
+        x, allowed = _values(batch), (self.allow_mean, self.allow_drift)
+        plans = []
         for k, length in enumerate(batch.lengths.tolist()):
             u = batch.u[k, :length].numpy() if self.input_dim_ else None
             plan = make_plan(x[k, :length], u, self._season, limits, self.d, self.D, allowed)
@@ -304,46 +295,82 @@ class AutoARIMA(StateSpaceModel):
                     f"{plan.null.d}, D={plan.null.D} and {self.input_dim_} regressors; give fewer "
                     "of them, or leave the series out"
                 )
-            self._plans.append(plan)
+            plans.append(plan)
         search = stepwise if self.stepwise else exhaustive
-        return [None if plan.exact is not None else search(plan) for plan in self._plans]
+        return (
+            {k: search(plan) for k, plan in enumerate(plans) if plan.exact is None},
+            {k: plan.exact for k, plan in enumerate(plans) if plan.exact is not None},
+        )
+
+    def fit_jobs(
+        self, jobs: Sequence[tuple[int, Orders]], batch: Batch, max_iter: int
+    ) -> list[Fit | None]:
+        """Fit orders to series in one compiled call; None where it does not apply (many gaps)."""
+        specs = [self._spec(orders) for _, orders in jobs]
+        series = np.array([k for k, _ in jobs], dtype=np.int64)
+        u = batch.u[:, : batch.n_steps].numpy() if self.input_dim_ else None
+        found = fit_jobs(
+            specs, _values(batch), batch.lengths.numpy(), u, series=series, max_iter=max_iter
+        )
+        n = batch.mask.sum((1, 2)).numpy()[series]
+        groups: dict[Orders, list[int]] = defaultdict(list)
+        for j, (_, orders) in enumerate(jobs):
+            if found.done[j]:
+                groups[orders].append(j)
+        out: list[Fit | None] = [None] * len(jobs)
+        for orders, rows in groups.items():
+            spec = self._spec(orders)
+            fits = self.judge(
+                orders,
+                constrain(spec, found.theta[rows, : spec.n_free]),
+                found.sigma2[rows],
+                found.log_likelihood[rows],
+                found.converged[rows],
+                n[rows],
+            )
+            for j, one in zip(rows, fits, strict=True):
+                out[j] = one
+        return out
 
     def candidate(self, key: Orders) -> ARIMA:
         """Unfitted model of the orders."""
-        spec = key.spec(self._season, self.input_dim_)
-        model = ARIMA((spec.p, spec.d, spec.q), (spec.P, spec.D, spec.Q, spec.s), spec.trend)
-        model.build(1, self.input_dim_)
-        return model
+        return self._plain(key, None)
 
-    def criteria(
+    def judge(
         self,
         key: Orders,
         coefficients: Float[np.ndarray, "series free"],
+        sigma2: Float[np.ndarray, "series"],
         log_likelihood: Float[np.ndarray, "series"],
-        batch: Batch,
-    ) -> Float[np.ndarray, "series"]:
-        """Information criteria, infinite for a rejected model."""
-        spec = key.spec(self._season, self.input_dim_)
-        n = batch.mask.sum((1, 2)).numpy() - spec.n_diff
-        return criteria(spec, coefficients, log_likelihood, n, self.ic)
+        converged: Bool[np.ndarray, "series"],
+        n: Int[np.ndarray, "series"],
+    ) -> list[Fit]:
+        """Fits with their information criteria."""
+        spec = self._spec(key)
+        value = criteria(spec, coefficients, log_likelihood, n - spec.n_diff, self.ic)
+        numbers = (sigma2, log_likelihood, value, converged)
+        columns = zip(coefficients, *(column.tolist() for column in numbers), strict=True)
+        return [Fit(key, *column) for column in columns]
 
-    def set_chosen(self, chosen: Mapping[int, Fit], ids: tuple[Any, ...]) -> None:
-        """Take over the best models, and the exact ones of series that needed no search."""
-        exact = {k: plan for k, plan in enumerate(self._plans) if plan.exact is not None}
-        keys = [exact[k].null if k in exact else chosen[k].key for k in range(len(ids))]
-        orders = np.array(keys, dtype=np.int64)
+    def set_chosen(self, chosen: Sequence[Fit], ids: tuple[Any, ...]) -> None:
+        """Take over the best models."""
+        orders = np.array([one.orders for one in chosen], dtype=np.int64)
         layout = widest(orders, self._season, self.input_dim_)
-        coefficients = np.zeros((len(ids), layout.n_free))
-        for k, key in enumerate(keys):
-            own = exact[k].exact if k in exact else chosen[k].coefficients
-            assert own is not None
-            coefficients[k] = embed(own[None], key.spec(self._season, self.input_dim_), layout)
-        sigma2 = [chosen[k].sigma2 if k in chosen else 0.0 for k in range(len(ids))]
+        rows = [embed(one.coefficients[None], self._spec(one.orders), layout) for one in chosen]
         self.order_table_ = torch.from_numpy(orders)
-        self.coefficients_ = torch.from_numpy(coefficients)
-        self.sigma2_ = torch.tensor(sigma2, dtype=torch.float64)
+        self.coefficients_ = torch.from_numpy(np.concatenate(rows))
+        self.sigma2_ = torch.tensor([one.sigma2 for one in chosen], dtype=torch.float64)
         self._ids = ids if len(ids) > 1 else None
-        self._plans = []
+
+    def _spec(self, orders: Orders) -> ArimaSpec:
+        return orders.spec(self._season, self.input_dim_)
+
+    def _plain(self, orders: Orders, transform: str | None) -> ARIMA:
+        spec = self._spec(orders)
+        order, seasonal = (spec.p, spec.d, spec.q), (spec.P, spec.D, spec.Q, spec.s)
+        model = ARIMA(order, seasonal, spec.trend, transform=transform)
+        model.build(1, self.input_dim_)
+        return model
 
     @property
     def _season(self) -> int:
@@ -351,3 +378,8 @@ class AutoARIMA(StateSpaceModel):
 
     def _chosen(self) -> Sequence[Orders]:
         return [Orders.of(row) for row in self.order_table_.tolist()]
+
+
+def _values(batch: Batch) -> Float[np.ndarray, "series time"]:
+    """Observations, NaN where missing."""
+    return torch.where(batch.mask, batch.x, torch.nan)[..., 0].numpy()
