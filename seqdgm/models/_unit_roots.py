@@ -107,15 +107,14 @@ def seasonal_strength(x: Float[np.ndarray, "time"], s: int) -> float:
     """
     from statsmodels.tsa.seasonal import STL
 
-    trend = math.ceil(1.5 * s / (1.0 - 1.5 / _STL_SEASONAL))
-    trend += 1 - trend % 2
-    low_pass = s + 1 - s % 2
+    trend = math.ceil(1.5 * s / (1.0 - 1.5 / _STL_SEASONAL)) // 2 * 2 + 1
+    low_pass = s // 2 * 2 + 1 + 2 * (s % 2)
     parts = STL(
         x,
         period=s,
         seasonal=_STL_SEASONAL,
-        trend=max(trend, 3),
-        low_pass=max(low_pass, 3),
+        trend=trend,
+        low_pass=low_pass,
         seasonal_deg=0,
         seasonal_jump=math.ceil(_STL_SEASONAL / 10),
         trend_jump=math.ceil(trend / 10),
