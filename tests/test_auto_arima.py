@@ -162,7 +162,7 @@ def test_search_begins_with_the_published_models() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     season=st.sampled_from([1, 4, 12]),
@@ -213,9 +213,9 @@ def test_exhaustive_search_asks_for_all_models() -> None:
 @pytest.mark.parametrize("seed", [0, 4])
 def test_the_best_of_all_models_is_that_of_statsmodels(seed: int) -> None:
     x = 5 + arma(120, [0.7], [0.5], seed)
-    model = sq.AutoARIMA(max_p=2, max_q=2, max_order=4, stationary=True, stepwise=False).fit(x)
+    model = sq.AutoARIMA(max_p=2, max_q=1, max_order=4, stationary=True, stepwise=False).fit(x)
     best, orders = np.inf, None
-    for p, q, trend in product(range(3), range(3), "nc"):
+    for p, q, trend in product(range(3), range(2), "nc"):
         result = reference(x, (p, 0, q), trend=trend).fit(disp=False, maxiter=200)
         roots = np.r_[np.abs(result.arroots), np.abs(result.maroots), 2.0]
         if result.aicc < best and roots.min() > 1.01:

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -45,6 +45,15 @@ class Fit(Protocol):
     @property
     def message(self) -> str:
         """What the user should know."""
+
+
+class _Rejected(NamedTuple):
+    """A candidate whose likelihood is nowhere finite."""
+
+    log_likelihood: float = np.nan
+    criterion: float = np.inf
+    converged: bool = False
+    message: str = ""
 
 
 Search = Generator[Sequence[Any], list[float], None]
@@ -176,9 +185,12 @@ def _fit_group(
 ) -> Sequence[Fit]:
     """Fit one candidate to every series of a batch through its system matrices."""
     candidate = model.candidate(key)
-    report = mle.fit(
-        candidate, batch, method="mle", generator=generator, progress=False, max_iter=max_iter
-    )
+    try:
+        report = mle.fit(
+            candidate, batch, method="mle", generator=generator, progress=False, max_iter=max_iter
+        )
+    except ValueError:  # its likelihood is finite for none of them
+        return [_Rejected()] * batch.n_series
     assert report.log_likelihood is not None
     return model.judge(
         key,
