@@ -139,21 +139,7 @@ def fit(
                 "d and D, or another model"
             )
     model.set_chosen(chosen, batch.ids)
-    likelihood = np.array([one.log_likelihood for one in chosen])
-    return FitReport(
-        method=method,
-        objective=(float(likelihood.sum()),),
-        valid_objective=(),
-        converged=np.array([one.converged for one in chosen]),
-        n_iter=rounds,
-        seconds=time.perf_counter() - begin,
-        log_likelihood=likelihood,
-        messages=tuple(
-            f"series {name!r}: {one.message}"
-            for name, one in zip(batch.ids, chosen, strict=True)
-            if one.message
-        ),
-    )
+    return _report(chosen, batch.ids, method, rounds, time.perf_counter() - begin)
 
 
 def _fit_round(
@@ -211,6 +197,23 @@ def _advance(waiting: Waiting, found: Mapping[int, Sequence[Fit]]) -> Waiting:
         except StopIteration:
             continue
     return still
+
+
+def _report(
+    chosen: Sequence[Fit], ids: tuple[Any, ...], method: str, rounds: int, seconds: float
+) -> FitReport:
+    likelihood = np.array([one.log_likelihood for one in chosen])
+    named = zip(ids, chosen, strict=True)
+    return FitReport(
+        method=method,
+        objective=(float(likelihood.sum()),),
+        valid_objective=(),
+        converged=np.array([one.converged for one in chosen]),
+        n_iter=rounds,
+        seconds=seconds,
+        log_likelihood=likelihood,
+        messages=tuple(f"series {name!r}: {one.message}" for name, one in named if one.message),
+    )
 
 
 @contextmanager

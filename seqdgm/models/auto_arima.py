@@ -14,7 +14,6 @@ from torch import Tensor
 
 from seqdgm.kernels.types import System
 from seqdgm.models._arima import ArimaSpec, constrain
-from seqdgm.models._arima_fit import fit_jobs
 from seqdgm.models._auto_arima import (
     CRITERIA,
     Fit,
@@ -306,6 +305,8 @@ class AutoARIMA(StateSpaceModel):
         self, jobs: Sequence[tuple[int, Orders]], batch: Batch, max_iter: int
     ) -> list[Fit | None]:
         """Fit orders to series in one compiled call; None where it does not apply (many gaps)."""
+        from seqdgm.models._arima_fit import fit_jobs
+
         specs = [self._spec(orders) for _, orders in jobs]
         series = np.array([k for k, _ in jobs], dtype=np.int64)
         u = batch.u[:, : batch.n_steps].numpy() if self.input_dim_ else None
