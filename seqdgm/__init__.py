@@ -28,6 +28,7 @@ _HOME = {
     "FitReport": "seqdgm.results",
     "LogProb": "seqdgm.results",
     "ARIMA": "seqdgm.models.arima",
+    "AutoARIMA": "seqdgm.models.auto_arima",
     "SeasonalNaive": "seqdgm.models.arima",
     "LinearGaussianSSM": "seqdgm.models.linear_gaussian",
     "StructuralSSM": "seqdgm.models.structural",
@@ -47,6 +48,7 @@ __all__ = [
     "DMM",
     "RNN",
     "VARMA",
+    "AutoARIMA",
     "Comparison",
     "DynamicFactor",
     "FitReport",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from seqdgm.evaluation.compare import Comparison, compare
     from seqdgm.model import SequenceModel
     from seqdgm.models.arima import ARIMA, SeasonalNaive
+    from seqdgm.models.auto_arima import AutoARIMA
     from seqdgm.models.dmm import DMM
     from seqdgm.models.dynamic_factor import DynamicFactor
     from seqdgm.models.linear_gaussian import LinearGaussianSSM

@@ -24,6 +24,7 @@ ENGINES = {
 }
 LEARNERS = {
     "quasi-newton": ("seqdgm.inference.mle", "fit"),
+    "order-search": ("seqdgm.inference.order_search", "fit"),
     "em": ("seqdgm.inference.em", "fit"),
     "gradient": ("seqdgm.inference.training", "fit"),
     "given": ("seqdgm.inference.given", "fit"),
