@@ -95,3 +95,5 @@ def warm_up(model: SequenceModel) -> None:
     for module in modules:
         if hasattr(module, "warm_up"):
             module.warm_up()
+    if hasattr(model, "compile_search"):  # a search with the model's own likelihood compiled in
+        model.compile_search()
