@@ -95,5 +95,6 @@ def warm_up(model: SequenceModel) -> None:
     for module in modules:
         if hasattr(module, "warm_up"):
             module.warm_up()
-    if hasattr(model, "compile_search"):  # a search with the model's own likelihood compiled in
-        model.compile_search()
+    compile_search: Any = getattr(model, "compile_search", None)
+    if compile_search:  # the model has a search with its likelihood compiled in
+        compile_search()

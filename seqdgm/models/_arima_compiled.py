@@ -284,10 +284,10 @@ def hannan_rissanen(w: Any, s: Any, o: Any) -> None:
 @glue
 def near(s: Any, best: Any, j: int, dim: int) -> bool:
     """Whether a search has come close to parameters that are known."""
+    close = True
     for i in range(dim):
-        if not abs(s.table[0, PARAMETERS, i] - best[j, i]) < _NEAR:
-            return False
-    return True
+        close = close and abs(s.table[0, PARAMETERS, i] - best[j, i]) < _NEAR
+    return close
 
 
 @glue
@@ -355,9 +355,9 @@ def bind_fit(digest: str) -> Callable[..., None]:
                     if k == starts:
                         break
                     asked = advance(s, 0, limits)
-                    if s.note[0, PHASE] == DIFFERENCE and s.number[0, OBJECTIVE] <= known:
-                        if near(s, out.theta, j, dim):
-                            break  # on its way, from below, to the optimum that is known
+                    below = s.note[0, PHASE] == DIFFERENCE and s.number[0, OBJECTIVE] <= known
+                    if below and near(s, out.theta, j, dim):
+                        break  # on its way to the optimum that is known
                 if k < starts:
                     known = keep_best(s, out, j, dim, known, k == 0)
             finish(w, s, o, out, j, dim)

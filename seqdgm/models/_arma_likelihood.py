@@ -13,8 +13,8 @@ equal to it,
     k \leftarrow \frac{k - \rho F y}{1 - \rho^2}, \quad y \leftarrow F y - \rho k .
 
 :math:`\rho` are the partial autocorrelations of w: a hyperbolic rotation a step, in its stable
-mixed form. Several columns are whitened at once: the series, what explains its mean, and a pulse for
-every missing value. Regression coefficients are concentrated out and missing values are integrated
+mixed form. Several columns are whitened at once: the series, what explains its mean, and a pulse
+for every missing value. Regression coefficients are concentrated out, and missing values are integrated
 out (a flat density for each is what "not observed" means), both by elimination from the
 cross-products of the whitened columns.
 
