@@ -14,8 +14,8 @@ equal to it,
 
 :math:`\rho` are the partial autocorrelations of w: a hyperbolic rotation a step, in its stable
 mixed form. Several columns are whitened at once: the series, what explains its mean, and a pulse
-for every missing value. Regression coefficients are concentrated out, and missing values are integrated
-out (a flat density for each is what "not observed" means), both by elimination from the
+for every missing value. Regression coefficients are concentrated out, and missing values are
+integrated out (a flat density for each is what "not observed" means), both by elimination from the
 cross-products of the whitened columns.
 
 References
