@@ -96,3 +96,6 @@ def warm_up(model: SequenceModel) -> None:
     for module in modules:
         if hasattr(module, "warm_up"):
             module.warm_up()
+    compile_search: Any = getattr(model, "compile_search", None)
+    if compile_search:  # the model has a search with its likelihood compiled in
+        compile_search()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqdgm.inference import quasi_newton
 from seqdgm.inference.quasi_newton import maximise
 from seqdgm.kernels import kalman_filter
 from seqdgm.kernels.types import System
@@ -73,12 +74,14 @@ class SeriesFits(Protocol):
     trace: Float[np.ndarray, "iterations series"]
 
 
-@runtime_checkable
 class CompiledModel(QuasiNewtonModel, Protocol):
     """A model that has the search with its own likelihood compiled in."""
 
     def fit_series(self, batch: Batch, max_iter: int) -> SeriesFits | None:
         """Fit every series on its own; None where the model as it stands cannot."""
+
+    def compile_search(self) -> None:
+        """Compile it."""
 
 
 class Ends(NamedTuple):
@@ -155,9 +158,15 @@ def fit(
     )
 
 
+def warm_up() -> None:
+    """Compile (or load from disk) the batched search."""
+    quasi_newton.warm_up()
+
+
 def _compiled_ends(model: QuasiNewtonModel, batch: Batch, max_iter: int) -> Ends | None:
     """Searches of the model's own where it has them, and the batched one for what they leave."""
-    fits = model.fit_series(batch, max_iter) if isinstance(model, CompiledModel) else None
+    search: Any = getattr(model, "fit_series", None)  # see CompiledModel
+    fits: SeriesFits | None = search(batch, max_iter) if search else None
     if fits is None or not fits.done.any():
         return None
     found = Ends(
@@ -207,9 +216,7 @@ def _follow(model: QuasiNewtonModel, batch: Batch, max_iter: int, *, pooled: boo
     value = np.where(np.isfinite(ends.value), ends.value, -np.inf).reshape(len(starts), n_sys)
     chosen = value.argmax(0) * n_sys + np.arange(n_sys)
     theta = ends.theta[chosen]
-    found = likelihood(
-        model, batch, torch.from_numpy(theta), torch.arange(n_sys), pooled=pooled
-    )
+    found = likelihood(model, batch, torch.from_numpy(theta), torch.arange(n_sys), pooled=pooled)
     return Ends(
         theta,
         found.value.numpy(),

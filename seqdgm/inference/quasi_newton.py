@@ -119,7 +119,7 @@ def maximise(
     """
     theta, size = _validated(start, step)
     limits = Limits(max_iter, gradient_tol, value_tol)
-    search = make_search(*theta.shape, max_iter)
+    search = make_search(theta.shape[0], theta.shape[1], max_iter)
     search.table[:, cpu_search.THETA], search.table[:, cpu_search.SIZE] = theta, size
     _follow(objective, search, limits)
     return _optimum(search, max_iter)

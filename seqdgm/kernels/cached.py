@@ -16,7 +16,7 @@ def digest(*modules: ModuleType) -> str:
     """Digest of the sources of modules.
 
     Numba's cache looks at the file that defines a function, not at what the function calls. A loop
-    that holds the digest of all its sources in a closure is compiled again when any of them changes.
+    that holds the digest of all its sources in a closure is compiled again when one changes.
     """
     return sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in modules)).hexdigest()
 

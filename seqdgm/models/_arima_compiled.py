@@ -62,6 +62,7 @@ from seqdgm.models._arma_likelihood import (
     STEP,
     STEPS,
     TREND,
+    UNIT,
     VARIANCE,
     bend_line,
     eliminate,
@@ -170,8 +171,11 @@ def regress_first(w: Any, o: Any) -> bool:
         w.gram[FIRST, c] = w.gram[LAST, c]
         for t in range(w.note[STEPS]):
             w.time[BASE, t] -= w.gram[FIRST, c] * w.time[COLUMN + c, t]
+    total = 0.0
     for t in range(w.note[STEPS]):
         w.time[COLUMN, t] = w.time[BASE, t]
+        total += w.time[BASE, t] * w.time[BASE, t]
+    w.number[UNIT] = math.log(total / w.note[STEPS]) if total > 0.0 else 0.0
     return w.note[SINGULAR] == 0
 
 
@@ -280,10 +284,10 @@ def hannan_rissanen(w: Any, s: Any, o: Any) -> None:
 @glue
 def near(s: Any, best: Any, j: int, dim: int) -> bool:
     """Whether a search has come close to parameters that are known."""
+    close = True
     for i in range(dim):
-        if not abs(s.table[0, PARAMETERS, i] - best[j, i]) < _NEAR:
-            return False
-    return True
+        close = close and abs(s.table[0, PARAMETERS, i] - best[j, i]) < _NEAR
+    return close
 
 
 @glue
@@ -301,8 +305,13 @@ def keep_best(s: Any, out: Any, j: int, dim: int, known: float, first: bool) -> 
 
 
 @cold
-def finish(w: Any, o: Any, theta: Any, j: int, dim: int) -> None:
-    """Trend and regression coefficients after a likelihood, as the free parameters have them."""
+def finish(w: Any, s: Any, o: Any, out: Any, j: int, dim: int) -> None:
+    """Results after a likelihood: in the data's unit, with trend and regression coefficients."""
+    shift = 0.5 * (w.note[STEPS] - w.note[PULSES]) * w.number[UNIT]
+    out.number[j, LOGLIK], out.number[j, SIGMA2] = s.number[0, ANSWERS] - shift, w.number[VARIANCE]
+    for i in range(out.note[j, ITERATIONS] + 1 if out.trace.shape[1] > 0 else 0):
+        out.trace[i, j] -= shift
+    theta = out.theta
     regress(w)
     for c in range(1, w.note[COLUMNS] - w.note[PULSES]):
         theta[j, dim + c - 1] = w.gram[FIRST, c] + w.gram[LAST, c]
@@ -346,12 +355,11 @@ def bind_fit(digest: str) -> Callable[..., None]:
                     if k == starts:
                         break
                     asked = advance(s, 0, limits)
-                    if s.note[0, PHASE] == DIFFERENCE and s.number[0, OBJECTIVE] <= known:
-                        if near(s, out.theta, j, dim):
-                            break  # on its way, from below, to the optimum that is known
+                    below = s.note[0, PHASE] == DIFFERENCE and s.number[0, OBJECTIVE] <= known
+                    if below and near(s, out.theta, j, dim):
+                        break  # on its way to the optimum that is known
                 if k < starts:
                     known = keep_best(s, out, j, dim, known, k == 0)
-            out.number[j, LOGLIK], out.number[j, SIGMA2] = s.number[0, ANSWERS], w.number[VARIANCE]
-            finish(w, o, out.theta, j, dim)
+            finish(w, s, o, out, j, dim)
 
     return fit_range

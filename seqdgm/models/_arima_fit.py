@@ -161,6 +161,11 @@ def _order(spec: ArimaSpec) -> tuple[int, ...]:
     return (*orders, TRENDS.index(spec.trend), spec.n_inputs)
 
 
+def warm_up() -> None:
+    """Compile the search."""
+    fit_jobs(ArimaSpec(d=1), np.array([[0.0, 1.0, 3.0]]), np.array([3]))
+
+
 @cache
 def _compiled() -> Callable[..., None]:
     """The loop over jobs, cached on disk and keyed by its sources."""

@@ -12,10 +12,10 @@ equal to it,
     \alpha \leftarrow F \alpha + k v, \quad \rho = y_1, \quad f \leftarrow (1 - \rho^2) f, \quad
     k \leftarrow \frac{k - \rho F y}{1 - \rho^2}, \quad y \leftarrow F y - \rho k .
 
-:math:`\rho` are the partial autocorrelations of w: a hyperbolic rotation a step, in its stable mixed
-form. Several columns are whitened at once: the series, what explains its mean, and a pulse for
-every missing value. Regression coefficients are concentrated out and missing values integrated out
-(a flat density for each is what "not observed" means), both by elimination from the
+:math:`\rho` are the partial autocorrelations of w: a hyperbolic rotation a step, in its stable
+mixed form. Several columns are whitened at once: the series, what explains its mean, and a pulse
+for every missing value. Regression coefficients are concentrated out, and missing values are
+integrated out (a flat density for each is what "not observed" means), both by elimination from the
 cross-products of the whitened columns.
 
 References
@@ -48,7 +48,7 @@ BASE, LINE, FORWARD, BACKWARD, COLUMN = range(5)
 # Rows of the table over columns: coefficients of the first regression and of the last one, values
 # at one step, and cross-products (or what elimination has left of them).
 FIRST, LAST, STEP, GRAM = range(4)
-VARIANCE, LOGDET, QUAD, FLOOR = range(4)  # real numbers of the problem at hand
+VARIANCE, LOGDET, QUAD, FLOOR, UNIT = range(5)  # real numbers of the problem at hand
 # Its integers, and from there on the first steps at which columns are not zero.
 STEPS, COLUMNS, PULSES, OFFSET, SINGULAR, AR_LAGS, LAGS, BEGINS = range(8)
 
@@ -73,7 +73,7 @@ def make_work(lags: int, columns: int, regressors: int, steps: int) -> Work:
         np.zeros((STATE + columns + lags + 1, lags + 2)),
         np.zeros((COLUMN + columns, steps)),
         np.zeros((GRAM + regressors, regressors)),
-        np.zeros(4),
+        np.zeros(5),
         np.zeros(BEGINS + columns, np.int64),
     )
 
@@ -288,7 +288,8 @@ def likelihood(w: Any, o: Any, table: Any, n: int, row: int) -> float:
     .. math:: -\tfrac12 \left( (n - m) (\log 2 \pi \hat\sigma^2 + 1) + \log |\Omega|
         + \log |X_m^\top \Omega^{-1} X_m| \right),
 
-    :math:`X_m` the differenced pulses of the missing values.
+    :math:`X_m` the differenced pulses of the missing values. It is given in a unit of the data
+    (UNIT is the logarithm of its square), so that a search stops at the same place in any.
     """
     p, q = o[AR] + o[SEASON] * o[SAR], o[MA] + o[SEASON] * o[SMA]
     w.note[AR_LAGS], w.note[LAGS] = p, max(p, q)
@@ -303,4 +304,5 @@ def likelihood(w: Any, o: Any, table: Any, n: int, row: int) -> float:
     w.number[VARIANCE] = variance
     if not variance > w.number[FLOOR]:
         return math.nan
-    return -0.5 * (count * (math.log(variance) + _LOG_2PI + 1.0) + w.number[LOGDET])
+    size = math.log(variance) - w.number[UNIT] + _LOG_2PI + 1.0
+    return -0.5 * (count * size + w.number[LOGDET])

@@ -128,6 +128,12 @@ class _ArimaBase(LinearGaussianModel):
         x, u = self._arrays(batch)
         return fit_jobs(spec, x, batch.lengths.numpy(), u, max_iter=max_iter, trace=True)
 
+    def compile_search(self) -> None:
+        """Compile the search, once a process."""
+        from seqdgm.models._arima_fit import warm_up
+
+        warm_up()
+
     def free_start(self, batch: Batch, *, pooled: bool) -> Float[np.ndarray, "starts sys free"]:
         """Hannan-Rissanen values, and the same without ARMA terms: likelihoods have several tops.
 
