@@ -111,6 +111,27 @@ class Transform:
         one = torch.where(power > 0, power, 1.0)
         return torch.where(power > 0, _boxcox_mean(g, spread, one), closed)
 
+    def inverse_variance(
+        self, mean: Float[Tensor, "series ... dim"], variance: Float[Tensor, "series ... dim"]
+    ) -> Float[Tensor, "series ... dim"]:
+        r"""Variance in data units of a Gaussian in model units; as exact as `inverse_mean`.
+
+        The square of an inverse Box-Cox function of g with power :math:`\lambda` is that of 2g with
+        power :math:`\lambda / 2`.
+        """
+        scale = _along(self.scale, mean)
+        g, spread = mean * scale + _along(self.loc, mean), variance * scale**2
+        if self.power is None:
+            return spread
+        closed = torch.expm1(spread) * (2.0 * g + spread).exp()
+        if self.log:
+            return closed
+        power = _along(self.power, mean)
+        one = torch.where(power > 0, power, 1.0)
+        square = _boxcox_mean(2.0 * g, 4.0 * spread, 0.5 * one)
+        found = (square - _boxcox_mean(g, spread, one) ** 2).clamp_min(0.0)
+        return torch.where(power > 0, found, closed)
+
     def log_jacobian(self, x: Float[Tensor, "series ... dim"]) -> Float[Tensor, "series ... dim"]:
         """Logarithm of dw/dx at `x` (data units)."""
         out = -_along(self.scale, x).log().expand_as(x)

@@ -31,6 +31,7 @@ from seqdgm.models._auto_arima import (
 from seqdgm.models.arima import ARIMA
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
+from seqdgm.transform import Function
 from seqdgm.types import Batch, check_count
 
 
@@ -72,8 +73,9 @@ class AutoARIMA(StateSpaceModel):
         Information criterion.
     allow_mean, allow_drift : bool
         Whether a constant is considered with d + D = 0, and with d + D = 1.
-    transform : {None, "log"}
-        Function applied to the data first; forecasts are transformed back without bias.
+    transform : {None, "log", "boxcox"} or tuple ("boxcox", power)
+        Function applied to the data first, as in `ARIMA`; forecasts are transformed back without
+        bias.
 
     Attributes
     ----------
@@ -124,7 +126,7 @@ class AutoARIMA(StateSpaceModel):
         ic: str = "aicc",
         allow_mean: bool = True,
         allow_drift: bool = True,
-        transform: str | None = None,
+        transform: Function = None,
     ) -> None:
         super().__init__()
         self.season, self.d, self.D = season, d, D
@@ -366,7 +368,7 @@ class AutoARIMA(StateSpaceModel):
     def _spec(self, orders: Orders) -> ArimaSpec:
         return orders.spec(self._season, self.input_dim_)
 
-    def _plain(self, orders: Orders, transform: str | None) -> ARIMA:
+    def _plain(self, orders: Orders, transform: Function) -> ARIMA:
         spec = self._spec(orders)
         order, seasonal = (spec.p, spec.d, spec.q), (spec.P, spec.D, spec.Q, spec.s)
         model = ARIMA(order, seasonal, spec.trend, transform=transform)
