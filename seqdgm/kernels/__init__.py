@@ -183,7 +183,7 @@ def get_kernels(
 
 def _kernels_for(system: System, x: Tensor, implementation: Implementation | None) -> ModuleType:
     """The implementation for these tensors: compiled loops cannot be differentiated."""
-    wanted = torch.is_grad_enabled() and any(field.requires_grad for field in (x, *system))
+    wanted = torch.is_grad_enabled() and any([field.requires_grad for field in (x, *system)])
     if implementation == "cpu" and wanted:
         raise ValueError("the 'cpu' kernels have no gradient; use 'reference', or torch.no_grad()")
     if implementation is None and wanted:

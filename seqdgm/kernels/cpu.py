@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from seqdgm.kernels import cpu_filter, cpu_smoother, cpu_steps, types
-from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, SMOOTH, Moments
+from seqdgm.kernels import cpu_filter, cpu_fixed, cpu_smoother, cpu_steps, types
+from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, SMOOTH
 from seqdgm.kernels.cpu_smoother import make_back
-from seqdgm.kernels.cpu_steps import make_work
+from seqdgm.kernels.cpu_steps import make_moments, make_work
 from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
 
 _MODES: dict[Store, int] = {"likelihood": LIKELIHOOD, "last": LAST, "all": ALL}
+_COUNTS = [cpu_filter.N_OBS, cpu_filter.N_DIFFUSE, cpu_filter.RANK_LEFT]
 # Below so many multiplications a second thread costs more than it saves.
 _WORTH_A_THREAD = 200_000
 # The smoother alternates between forward and backward passes over so many steps, whose gains are
@@ -49,7 +50,7 @@ def kalman_filter(
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
     kept = {"likelihood": 0, "last": 1, "all": steps}[store]
-    out = _moments(n, kept, obs, state, diffuse > 0, store == "all")
+    out = make_moments(n, kept, obs, state, diffuse > 0, store == "all")
     totals = np.empty((6, n))
     data = (arrays, _array(x), _array(mask), _array(lengths))
 
@@ -60,6 +61,8 @@ def kalman_filter(
         forward(*data, start, stop, work, totals, out, _MODES[store])
 
     _spread(run, n, steps * state * state * (obs + state))
+    if kept == 0:
+        return Filtered(*_totals(totals))
     _blank(out, data[3] if store == "all" else np.minimum(data[3], 1), kept)
     return Filtered(*_totals(totals), *map(_tensor, out))
 
@@ -77,7 +80,7 @@ def kalman_smoother(
     arrays, diffuse = _arrays(system)
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
-    out = _moments(n, steps, obs, state, False, False)
+    out = make_moments(n, steps, obs, state, False, False)
     lags = np.empty((n if lag_one else 0, max(steps - 1, 0), state, state))
     totals = np.empty((6, n))
     data = (arrays, _array(x), _array(mask), _array(lengths))
@@ -108,7 +111,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     The cache looks at the file that defines a function, not at what it calls. So both are bound to
     a digest of all their sources, which becomes part of the key.
     """
-    modules = (types, cpu_steps, cpu_filter, cpu_smoother)
+    modules = (types, cpu_steps, cpu_fixed, cpu_filter, cpu_smoother)
     sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     digest = sha256(sources).hexdigest()
     options = {"cache": True, "nogil": True, **cpu_steps.OPTIONS}
@@ -130,26 +133,10 @@ def _spread(run: Callable[[int, int], None], n: int, work: int) -> None:
 
 def _totals(totals: np.ndarray) -> tuple[Tensor, ...]:
     """log-likelihood, n_obs, logdet, quad, n_diffuse, rank_left."""
-    counts = (cpu_filter.N_OBS, cpu_filter.N_DIFFUSE, cpu_filter.RANK_LEFT)
-    return tuple(
-        torch.from_numpy(row.astype(np.int64) if k in counts else row)
-        for k, row in enumerate(totals)
-    )
-
-
-def _moments(n: int, steps: int, obs: int, state: int, diffuse: bool, predicted: bool) -> Moments:
-    """Memory for the histories; those that are not kept have no rows."""
-    rows = n if steps else 0
-    more = n if predicted else 0
-    return Moments(
-        np.empty((rows, steps, state)),
-        np.empty((rows, steps, state, state)),
-        np.empty((rows if diffuse else 0, steps, state, state)),
-        np.empty((more, steps, state)),
-        np.empty((more, steps, state, state)),
-        np.empty((more, steps, obs)),
-        np.empty((more, steps, obs)),
-    )
+    counts = totals[_COUNTS].astype(np.int64)
+    loglik, _, logdet, quad, _, _ = totals
+    rows = (loglik, counts[0], logdet, quad, counts[1], counts[2])
+    return tuple([torch.from_numpy(row) for row in rows])
 
 
 def _blank(arrays: Iterable[np.ndarray], lengths: np.ndarray, steps: int) -> None:
@@ -168,14 +155,17 @@ def _tensor(array: np.ndarray) -> Tensor | None:
 
 def _arrays(system: System) -> tuple[Any, int]:
     """The system as contiguous arrays, and the largest possible rank of a Pinf."""
-    arrays = System._make(_array(field, shared=1 if k < 6 else 0) for k, field in enumerate(system))
-    diagonal = arrays.Pinf[:, range(arrays.Pinf.shape[1]), range(arrays.Pinf.shape[1])]
-    return arrays, int((diagonal > 0).sum(1).max())
+    arrays = System._make([_array(field, 1 if k < 6 else 0) for k, field in enumerate(system)])
+    if not arrays.Pinf.any():
+        return arrays, 0
+    return arrays, int((np.diagonal(arrays.Pinf, 0, 1, 2) > 0).sum(1).max())
 
 
 def _array(tensor: Tensor, shared: int = -1) -> Any:
     """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
-    array = tensor.detach().numpy()
+    array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    if array.flags.c_contiguous:
+        return array
     for axis in range(shared + 1):
         if array.strides[axis] == 0:
             array = array[:1] if axis == 0 else array[:, :1]

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from seqdgm.kernels.cpu_fixed import (
+    copy,
+    filter_increments,
+    has_settled,
+    hold,
+    is_complete,
+    is_fixed,
+    mix_innovations,
+    repeat_step,
+    reset,
+    root_of_increment,
+    sum_logs,
+    unscaled_gain,
+    watch,
+)
 from seqdgm.kernels.cpu_steps import (
     DIFFUSED,
     KIND,
@@ -42,23 +57,11 @@ LOGLIK, N_OBS, LOGDET, QUAD, N_DIFFUSE, RANK_LEFT = range(6)  # rows of the tota
 LOG_2PI = math.log(2.0 * math.pi)
 
 
-class Moments(NamedTuple):
-    """Histories over series and time; those that are not wanted have length 0."""
-
-    mean: np.ndarray
-    cov: np.ndarray
-    cov_inf: np.ndarray
-    pred_mean: np.ndarray
-    pred_cov: np.ndarray
-    innovations: np.ndarray
-    innov_var: np.ndarray
-
-
 @glue
 def observe(w: Any, s: int, i: int, rank: int) -> int:
     """Update the state with one observation; returns the diffuse rank that is left."""
-    v = innovate(w, s, i)
-    f = innovation_variance(w, s, i)
+    v = innovate(w.y, w.h, s, i, w.a, w.P, w.M)
+    f = innovation_variance(w.h, w.var, s, i, w.P, w.M)
     f_inf = 0.0
     if rank > 0:
         f_inf = diffuse_variance(w.A, w.g, w.size, w.h, s, i)
@@ -77,7 +80,7 @@ def observe(w: Any, s: int, i: int, rank: int) -> int:
     if kind != SKIPPED:
         for k in range(w.a.size):
             w.a[k] += w.K[s, i, k] * v
-        update_cov(w, s, i, f)
+        update_cov(w.P, w.M, w.h, w.K, w.u, w.before, s, i, w.var[i], f)
     if kind == DIFFUSED:
         rank = rank - 1 if reduce_factor(w.A, w.g, w.size, w.K, s, i) else 0
     return rank
@@ -138,15 +141,13 @@ def store_factor(A: Any, rank: int, factors: Any, ranks: Any, s: int) -> None:
 
 
 @glue
-def store_step(w: Any, s: int, out: Any, n: int, t: int, last: bool, rank: int, mode: int) -> None:
-    """Keep what is asked for of the state after step t."""
+def store_step(w: Any, s: int, out: Any, n: int, t: int, rank: int, mode: int) -> None:
+    """Keep the state after step t."""
+    store_moments(w.a, w.P, out.mean, out.cov, n, t)
+    if out.cov_inf.shape[0] > 0:
+        store_cov_inf(w.A, rank, out.cov_inf, n, t)
     if mode == ALL:
         store_innovations(w.note, out.innovations, out.innov_var, n, t)
-    if mode >= ALL or (mode == LAST and last):
-        to = 0 if mode == LAST else t
-        store_moments(w.a, w.P, out.mean, out.cov, n, to)
-        if out.cov_inf.shape[0] > 0:
-            store_cov_inf(w.A, rank, out.cov_inf, n, to)
     if mode == SMOOTH:
         store_factor(w.A, rank, w.factors, w.ranks, s)
 
@@ -154,13 +155,113 @@ def store_step(w: Any, s: int, out: Any, n: int, t: int, last: bool, rank: int, 
 @glue
 def predict(w: Any, system: Any, n: int, t: int, rank: int) -> int:
     """Move the state to step t; returns the diffuse rank that is left."""
-    predict_mean(w, system, n, t)
-    predict_cov(w, system, n, t)
+    F = system.F
+    predict_mean(F, system.b, n, t, w.a, w.u)
+    predict_cov(F, system.Q, n, t, w.P, w.G)
     if rank > 0:
-        F = system.F
-        if not predict_factor(w.A, w.G, w.size, F, row(F.shape[0], n), row(F.shape[1], t)):
-            rank = 0
+        some = predict_factor(w.A, w.G, w.size, F, row(F.shape[0], n), row(F.shape[1], t))
+        rank = rank if some else 0
     return rank
+
+
+@glue
+def take_step(
+    w: Any,
+    system: Any,
+    x: Any,
+    mask: Any,
+    n: int,
+    t: int,
+    s: int,
+    diagonal: bool,
+    rank: int,
+    totals: Any,
+) -> int:
+    """Use the observed elements of step t; returns the diffuse rank that is left."""
+    R = system.R
+    for i in range(x.shape[2]):
+        if mask[n, t, i]:
+            load_element(x, system.d, system.H, R, n, t, s, i, w.y, w.var, w.h)
+            if not diagonal:
+                nR, tR = row(R.shape[0], n), row(R.shape[1], t)
+                decorrelate(i, s, R, nR, tR, w.L, w.var, w.y, w.h)
+            rank = observe(w, s, i, rank)
+            add_up(w, s, i, totals, n)
+        else:
+            skip_element(w.note, w.L, w.var, s, i)
+    clean(w.P)
+    return rank
+
+
+@glue
+def leap(w: Any, system: Any, x: Any, n: int, t: int, steps: int, totals: Any) -> bool:
+    """Filter from step t to the end by increments of rank one, where that is possible.
+
+    The predicted covariance is in `P`, that of the step before in `P_before`.
+    """
+    F, b, H, d = system.F, system.b, system.H, system.d
+    y, k, a, g = w.before, w.u, w.size, w.M
+    exact = False
+    sign = root_of_increment(w.P, w.P_before, y)
+    if sign != 0.0 and w.note[0, 0, KIND] == ORDINARY:
+        f = unscaled_gain(F, H, n, w.P, w.var[0], g, k)
+        for i in range(a.size):
+            a[i] = w.a[i]
+        before = w.note[0, 0, VAR]
+        exact, logdet, quad = filter_increments(
+            F, b, H, d, x, n, t, steps, before, f, sign, y, k, a, g, w.band
+        )
+        if exact:
+            totals[N_OBS, n] += steps - t
+            totals[LOGDET, n] += logdet
+            totals[QUAD, n] += quad
+    return exact
+
+
+@glue
+def coast(
+    w: Any,
+    system: Any,
+    x: Any,
+    mask: Any,
+    n: int,
+    t: int,
+    steps: int,
+    s: int,
+    totals: Any,
+    out: Any,
+    mode: int,
+) -> int:
+    """Go on from step t with the gains of the step before; returns the next step."""
+    if mode == SMOOTH:
+        repeat_step(w.h, w.K, w.note, s)
+    stop = t + 1 if mode >= ALL else steps
+    F, b, H, d, f = system.F, system.b, system.H, system.d, w.f_before
+    end, quad = hold(F, b, H, d, x, mask, n, t, stop, w.a, w.u, w.v, w.B, w.K, s, f)
+    totals[N_OBS, n] += (end - t) * f.size
+    totals[LOGDET, n] += (end - t) * sum_logs(f)
+    totals[QUAD, n] += quad
+    for i in range(f.size):
+        w.note[s, i, V] = w.v[i]
+    if mode == ALL:
+        store_moments(w.u, w.P_before, out.pred_mean, out.pred_cov, n, t)
+    return end
+
+
+@cold
+def start(watched: Any, before_f: Any, totals: Any, n: int) -> None:
+    """Begin a series."""
+    reset(watched, before_f)
+    for k in range(totals.shape[0]):
+        totals[k, n] = 0.0
+
+
+@cold
+def finish(totals: Any, n: int, rank: int) -> None:
+    """Sum up a series."""
+    totals[RANK_LEFT, n] = rank
+    constant = totals[N_OBS, n] * LOG_2PI
+    totals[LOGLIK, n] = -0.5 * (constant + totals[LOGDET, n] + totals[QUAD, n])
 
 
 @glue
@@ -177,34 +278,48 @@ def forward(
     mode: int,
 ) -> None:
     """Filter series n; what the smoother reads goes to the steps from `base` on."""
-    R = system.R
-    nR = row(R.shape[0], n)
-    diagonal = True
-    for k in range(totals.shape[0]):
-        totals[k, n] = 0.0
+    R, fixed = system.R, is_fixed(system.F, system.Q, system.H, system.R)
+    diagonal, steady, ready = True, False, False
+    t = np.int64(0)  # the type of a literal would have every step compiled twice
+    leaps = fixed and x.shape[2] == 1 and mode == LIKELIHOOD and is_complete(mask, n, 0, steps)
+    start(w.watch, w.f_before, totals, n)
     rank = load_prior(w.a, w.P, w.A, system.m0, system.P0, system.Pinf, n)
-    for t in range(steps):
-        if t > 0:
-            rank = predict(w, system, n, t, rank)
-        if mode == ALL:
-            store_moments(w.a, w.P, out.pred_mean, out.pred_cov, n, t)
-        if t == 0 or R.shape[1] > 1:
-            diagonal = is_diagonal(R, nR, t)
-        s = base + t if mode == SMOOTH else 0
-        for i in range(x.shape[2]):
-            if mask[n, t, i]:
-                load_element(w, system, x, n, t, s, i)
-                if not diagonal:
-                    decorrelate(i, s, R, nR, row(R.shape[1], t), w.L, w.var, w.y, w.h)
-                rank = observe(w, s, i, rank)
-                add_up(w, s, i, totals, n)
-            else:
-                skip_element(w.note, w.L, w.var, s, i)
-        clean(w.P)
-        store_step(w, s, out, n, t, t == steps - 1, rank, mode)
-    totals[RANK_LEFT, n] = rank
-    constant = totals[N_OBS, n] * LOG_2PI
-    totals[LOGLIK, n] = -0.5 * (constant + totals[LOGDET, n] + totals[QUAD, n])
+    while t < steps:
+        now, s = t, base + t if mode == SMOOTH else 0
+        steady = steady and is_complete(mask, n, t, t + 1)
+        if steady:
+            t = coast(w, system, x, mask, n, t, steps, s, totals, out, mode)
+        else:
+            if t > 0:
+                rank = predict(w, system, n, t, rank)
+            if ready and leap(w, system, x, n, t, steps, totals):
+                break
+            ready = leaps and rank == 0
+            if ready:
+                copy(w.P, w.P_before)
+                leaps = False
+            if mode == ALL:
+                store_moments(w.a, w.P, out.pred_mean, out.pred_cov, n, t)
+            if t == 0 or R.shape[1] > 1:
+                diagonal = is_diagonal(R, row(R.shape[0], n), t)
+            settled = fixed and has_settled(w.P, w.P_before, w.u, w.watch)
+            rank = take_step(w, system, x, mask, n, t, s, diagonal, rank, totals)
+            if fixed and watch(w.note, s, w.f_before, rank, w.watch, w.a.size) and settled:
+                steady = True
+                mix_innovations(w.L, diagonal, w.h, w.K, s, w.B)
+            t += 1
+        if mode >= ALL or (mode == LAST and t == steps):
+            store_step(w, s, out, n, 0 if mode == LAST else now, rank, mode)
+    finish(totals, n, rank)
+
+
+@cold
+def evaluate(system: Any, x: Any, mask: Any, steps: int, n: int, w: Any, totals: Any) -> None:
+    """Log-likelihood of series n, by the fastest way: column n of `totals`, rows LOGLIK and so on.
+
+    For compiled callers: `w` comes from `make_work` with steps = 1, `totals` has shape (6, series).
+    """
+    forward(system, x, mask, steps, n, w, 0, totals, w.nothing, LIKELIHOOD)
 
 
 def bind_filter(digest: str) -> Callable[..., None]:

@@ -18,13 +18,25 @@ from seqdgm.kernels.types import CONFLICT, DIFFUSE, DIFFUSE_SCALE, ROUNDING
 # No kernel allocates: memory comes from outside. So reference counting can be switched off, which
 # would otherwise take more time than the arithmetic of a small state.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
-_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **OPTIONS}
-hot = numba.njit(forceinline=True, **_INNER)
-cold = numba.njit(**_INNER)
-glue = numba.njit(inline="always", **_INNER)
+INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **OPTIONS}
+hot = numba.njit(forceinline=True, **INNER)
+cold = numba.njit(**INNER)
+glue = numba.njit(inline="always", **INNER)
 
 SKIPPED, ORDINARY, DIFFUSED = 0, 1, 2  # what became of an observation
 KIND, V, VAR, VAR_INF = 0, 1, 2, 3  # columns of what is noted about it
+
+
+class Moments(NamedTuple):
+    """Histories over series and time; those that are not wanted have length 0."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    cov_inf: np.ndarray
+    pred_mean: np.ndarray
+    pred_cov: np.ndarray
+    innovations: np.ndarray
+    innov_var: np.ndarray
 
 
 class Work(NamedTuple):
@@ -52,6 +64,30 @@ class Work(NamedTuple):
     note: np.ndarray  # KIND, V, VAR, VAR_INF of each observation (steps, D, 4)
     factors: np.ndarray  # A after each step (steps, Z, q)
     ranks: np.ndarray  # upper bound on its rank (steps,)
+    P_before: np.ndarray  # predicted covariance of the step before (Z, Z)
+    f_before: np.ndarray  # variances of its innovations (D,)
+    B: np.ndarray  # how the sequential innovations of a step depend on each other (D, D)
+    v: np.ndarray  # innovations (D,)
+    watch: np.ndarray  # whether the state has become steady (3,)
+    band: np.ndarray  # the two bands of a companion matrix (2, Z)
+    nothing: Moments  # histories of length 0
+
+
+def make_moments(
+    n: int, steps: int, obs: int, state: int, diffuse: bool, predicted: bool
+) -> Moments:
+    """Allocate the histories; those that are not kept have no rows."""
+    rows = n if steps else 0
+    more = n if predicted else 0
+    return Moments(
+        np.empty((rows, steps, state)),
+        np.empty((rows, steps, state, state)),
+        np.empty((rows if diffuse else 0, steps, state, state)),
+        np.empty((more, steps, state)),
+        np.empty((more, steps, state, state)),
+        np.empty((more, steps, obs)),
+        np.empty((more, steps, obs)),
+    )
 
 
 def make_work(state: int, obs: int, diffuse: int, steps: int) -> Work:
@@ -76,6 +112,13 @@ def make_work(state: int, obs: int, diffuse: int, steps: int) -> Work:
         np.empty((steps, obs, 4)),
         np.empty((diffuse_steps, state, diffuse)),
         np.empty(steps, np.int64),
+        np.empty((state, state)),
+        np.empty(obs),
+        np.empty((obs, obs)),
+        np.empty(obs),
+        np.empty(3),
+        np.empty((2, state)),
+        make_moments(0, 0, obs, state, False, False),
     )
 
 
@@ -132,14 +175,15 @@ def is_diagonal(R: Any, n: int, t: int) -> bool:
 
 
 @hot
-def load_element(w: Any, system: Any, x: Any, n: int, t: int, s: int, i: int) -> None:
+def load_element(
+    x: Any, d: Any, H: Any, R: Any, n: int, t: int, s: int, i: int, y: Any, var: Any, h: Any
+) -> None:
     """Fetch element i of step t as it stands: y = x - d, its row of H, its own variance."""
-    H, R, d = system.H, system.R, system.d
     nH, tH = row(H.shape[0], n), row(H.shape[1], t)
-    w.y[i] = x[n, t, i] - d[row(d.shape[0], n), row(d.shape[1], t), i]
-    w.var[i] = R[row(R.shape[0], n), row(R.shape[1], t), i, i]
-    for k in range(w.a.size):
-        w.h[s, i, k] = H[nH, tH, i, k]
+    y[i] = x[n, t, i] - d[row(d.shape[0], n), row(d.shape[1], t), i]
+    var[i] = R[row(R.shape[0], n), row(R.shape[1], t), i, i]
+    for k in range(h.shape[2]):
+        h[s, i, k] = H[nH, tH, i, k]
 
 
 @cold
@@ -177,27 +221,25 @@ def skip_element(note: Any, L: Any, var: Any, s: int, i: int) -> None:
 
 
 @hot
-def predict_mean(w: Any, system: Any, n: int, t: int) -> None:
+def predict_mean(F: Any, b: Any, n: int, t: int, a: Any, u: Any) -> None:
     """Mean of the next state: a <- F a + b."""
-    F, b = system.F, system.b
     nF, tF = row(F.shape[0], n), row(F.shape[1], t)
     nb, tb = row(b.shape[0], n), row(b.shape[1], t)
-    for i in range(w.a.size):
+    for i in range(a.size):
         total = b[nb, tb, i]
-        for k in range(w.a.size):
-            total += F[nF, tF, i, k] * w.a[k]
-        w.u[i] = total
-    for i in range(w.a.size):
-        w.a[i] = w.u[i]
+        for k in range(a.size):
+            total += F[nF, tF, i, k] * a[k]
+        u[i] = total
+    for i in range(a.size):
+        a[i] = u[i]
 
 
 @hot
-def predict_cov(w: Any, system: Any, n: int, t: int) -> None:
+def predict_cov(F: Any, Q: Any, n: int, t: int, P: Any, G: Any) -> None:
     """Covariance of the next state: P <- F P F' + Q, skipping the zeros of a sparse F."""
-    F, Q, P, G = system.F, system.Q, w.P, w.G
     nF, tF = row(F.shape[0], n), row(F.shape[1], t)
     nQ, tQ = row(Q.shape[0], n), row(Q.shape[1], t)
-    size = w.a.size
+    size = P.shape[0]
     for i in range(size):
         for j in range(size):
             G[i, j] = 0.0
@@ -301,33 +343,33 @@ def predict_factor(A: Any, G: Any, size: Any, F: Any, n: int, t: int) -> bool:
 
 
 @hot
-def innovate(w: Any, s: int, i: int) -> float:
+def innovate(y: Any, h: Any, s: int, i: int, a: Any, P: Any, M: Any) -> float:
     """Innovation of an observation; leaves M = P h."""
-    P, M, size = w.P, w.M, w.a.size
-    v = w.y[i]
+    size = a.size
+    v = y[i]
     for j in range(size):
         M[j] = 0.0
     for k in range(size):
-        c = w.h[s, i, k]
+        c = h[s, i, k]
         if c != 0.0:
-            v -= c * w.a[k]
+            v -= c * a[k]
             for j in range(size):
                 M[j] += c * P[k, j]
     return v
 
 
 @hot
-def innovation_variance(w: Any, s: int, i: int) -> float:
+def innovation_variance(h: Any, var: Any, s: int, i: int, P: Any, M: Any) -> float:
     """Finite variance h' P h + var of an observation; h' P h that cancels to rounding is zero."""
     signal = 0.0
-    for k in range(w.a.size):
-        signal += w.h[s, i, k] * w.M[k]
+    for k in range(M.size):
+        signal += h[s, i, k] * M[k]
     floor = 0.0
-    if w.var[i] == 0.0:
-        floor = ROUNDING * spread(w.P, w.h, s, i) ** 2
+    if var[i] == 0.0:
+        floor = ROUNDING * spread(P, h, s, i) ** 2
     if signal <= floor:
         signal = 0.0
-    return signal + w.var[i]
+    return signal + var[i]
 
 
 @cold
@@ -394,31 +436,32 @@ def reduce_factor(A: Any, g: Any, size: Any, K: Any, s: int, i: int) -> bool:
 
 
 @hot
-def update_cov(w: Any, s: int, i: int, f: float) -> None:
+def update_cov(
+    P: Any, M: Any, h: Any, K: Any, u: Any, before: Any, s: int, i: int, var: float, f: float
+) -> None:
     """Covariance after an observation, Joseph's form P <- (I - K h') P (I - K h')' + K var K'.
 
     Each pass runs along rows: W' = P - M K' first, with u = W h along the way, then
     P = W' - K (u - var K)'. A variance that cancels to rounding error of its terms (an observation
     without error determines it), or below zero, becomes zero with its row and column.
     """
-    P, K, size = w.P, w.K, w.a.size
-    var = w.var[i]
+    size = u.size
     for j in range(size):
-        w.u[j] = -var * K[s, i, j]
-        w.before[j] = P[j, j]
+        u[j] = -var * K[s, i, j]
+        before[j] = P[j, j]
     for k in range(size):
-        c = w.h[s, i, k]
-        m = w.M[k]
+        c = h[s, i, k]
+        m = M[k]
         for j in range(size):
             P[k, j] -= m * K[s, i, j]
-            w.u[j] += c * P[k, j]
+            u[j] += c * P[k, j]
     for k in range(size):
         c = K[s, i, k]
         for j in range(size):
-            P[k, j] -= c * w.u[j]
+            P[k, j] -= c * u[j]
     for k in range(size):
         floor = 0.0
         if var == 0.0:
-            floor = ROUNDING * (w.before[k] + K[s, i, k] * K[s, i, k] * f)
+            floor = ROUNDING * (before[k] + K[s, i, k] * K[s, i, k] * f)
         if P[k, k] <= floor:
             drop(P, k)

@@ -199,7 +199,7 @@ def check_arguments(
         If an axis has the wrong length, a field is not float64, or a length lies outside 0..T.
     """
     n, steps, obs = x.shape
-    _check_shapes(n, steps, obs, tuple(field.shape for field in system))
+    _check_shapes(n, steps, obs, tuple([field.shape for field in system]))
     for name, field in zip(System._fields, system, strict=True):
         if field.dtype != torch.float64:
             raise ValueError(f"{name} is {field.dtype}; convert it with .double()")
@@ -215,6 +215,6 @@ def check_arguments(
             f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it must be torch.int64 "
             f"of shape ({n},)"
         )
-    shortest, longest = lengths.aminmax()
-    if int(shortest) < 0 or int(longest) > steps:
+    ends = lengths.tolist() if n == 1 else [int(end) for end in lengths.aminmax()]
+    if ends[0] < 0 or ends[-1] > steps:
         raise ValueError(f"lengths must lie between 0 and the {steps} steps of x")
