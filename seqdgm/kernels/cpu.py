@@ -8,6 +8,7 @@ may be forked at any time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,7 +25,7 @@ from torch import Tensor
 from seqdgm.kernels import cpu_filter, cpu_fixed, cpu_smoother, cpu_steps, types
 from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, SMOOTH
 from seqdgm.kernels.cpu_smoother import make_back
-from seqdgm.kernels.cpu_steps import make_moments, make_work
+from seqdgm.kernels.cpu_steps import Work, make_moments, make_work
 from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
 
 _MODES: dict[Store, int] = {"likelihood": LIKELIHOOD, "last": LAST, "all": ALL}
@@ -50,15 +51,15 @@ def kalman_filter(
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
     kept = {"likelihood": 0, "last": 1, "all": steps}[store]
-    out = make_moments(n, kept, obs, state, diffuse > 0, store == "all")
+    shape = (obs, state, diffuse > 0, store == "all")
+    out = make_moments(n, kept, *shape) if kept else _nothing(0, 0, *shape)
     totals = np.empty((6, n))
     data = (arrays, _array(x), _array(mask), _array(lengths))
 
     forward, _ = _compiled()
 
     def run(start: int, stop: int) -> None:
-        work = make_work(state, obs, diffuse, 1)
-        forward(*data, start, stop, work, totals, out, _MODES[store])
+        forward(*data, start, stop, _work(state, obs, diffuse), totals, out, _MODES[store])
 
     _spread(run, n, steps * state * state * (obs + state))
     if kept == 0:
@@ -102,6 +103,18 @@ def kalman_smoother(
     loglik, *_, rank_left = _totals(totals)
     mean, cov = torch.from_numpy(out.mean), torch.from_numpy(out.cov)
     return Smoothed(loglik, mean, cov, torch.from_numpy(lags) if lag_one else None, rank_left)
+
+
+_nothing = cache(make_moments)  # arrays of length 0 can be shared
+_local = threading.local()
+
+
+def _work(state: int, obs: int, diffuse: int) -> Work:
+    """Memory of the filter for one series: what this thread used last, if it is of that size."""
+    if getattr(_local, "size", None) != (state, obs, diffuse):
+        _local.work, _local.size = make_work(state, obs, diffuse, 1), (state, obs, diffuse)
+    work: Work = _local.work
+    return work
 
 
 @cache

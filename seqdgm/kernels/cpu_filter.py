@@ -204,7 +204,7 @@ def leap(w: Any, system: Any, x: Any, n: int, t: int, steps: int, totals: Any) -
     exact = False
     sign = root_of_increment(w.P, w.P_before, y)
     if sign != 0.0 and w.note[0, 0, KIND] == ORDINARY:
-        f = unscaled_gain(F, H, n, w.P, w.var[0], g, k)
+        f = unscaled_gain(F, H, n, w.P, w.var[0], g, k, w.band)
         for i in range(a.size):
             a[i] = w.a[i]
         before = w.note[0, 0, VAR]

@@ -21,10 +21,13 @@ Increments of rank one
     Morf, Sidhu and Kailath (1974), Some new algorithms for recursive estimation in constant linear
     discrete-time systems, *IEEE Transactions on Automatic Control* 19, 315-323; Herbst (2015),
     Using the "Chandrasekhar recursions" for likelihood evaluation of DSGE models, *Computational
-    Economics* 45, 693-705. Sums of increments keep the rounding errors of all terms. So the
-    ordinary recursion takes over where a variance falls below `FADED` times its first value, or
-    where increments last (moving averages with several roots close to the unit circle): where
-    their :math:`|\alpha|` sum to more than `LASTING` times the largest.
+    Economics* 45, 693-705.
+
+    A sum of increments keeps the rounding errors of all its terms, and the closed loop
+    :math:`F - k_t h^\top / f_t` hands them on. What it makes of the standard deviations of the
+    first state, seen in the innovations, measures by how much. Where the square of that sum, or the
+    first variance, exceeds `LOUD` times the present one, the ordinary recursion takes over:
+    autoregressions and moving averages with roots close to the unit circle.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ from seqdgm.kernels.types import ROUNDING
 STEADY = 1e-12
 # Increments that change a variance by less than this, relatively, are below its rounding error.
 NEGLIGIBLE = 1e-18
-FADED = 1e-3
-LASTING = 100.0
+# With this bound the log-likelihood keeps 9 digits.
+LOUD = 1e3
 # What is watched: steps with the same variances of innovations, how many are enough, and the last
 # change of the covariance, -1 before the first.
 QUIET, ENOUGH, CHANGE = 0, 1, 2
@@ -259,8 +262,8 @@ def root_of_increment(P: Any, before: Any, y: Any) -> float:
 
 
 @cold
-def unscaled_gain(F: Any, H: Any, n: int, P: Any, var: float, g: Any, k: Any) -> float:
-    """Gain F P h times f, and the variance f = h' P h + var of the innovation."""
+def unscaled_gain(F: Any, H: Any, n: int, P: Any, var: float, g: Any, k: Any, band: Any) -> float:
+    """Gain F P h times f; returns the variance f = h' P h + var of the innovation."""
     nF, nH = row(F.shape[0], n), row(H.shape[0], n)
     f = var
     for i in range(g.size):
@@ -270,6 +273,8 @@ def unscaled_gain(F: Any, H: Any, n: int, P: Any, var: float, g: Any, k: Any) ->
         f += H[nH, 0, 0, i] * g[i]
     for i in range(g.size):
         k[i] = 0.0
+        # Irregular weights, so that no closed loop cancels them.
+        band[2, i] = math.sin(1.0 + i * i) * math.sqrt(2.0 * P[i, i] / g.size)
         for j in range(g.size):
             k[i] += F[nF, 0, i, j] * g[j]
     return f
@@ -327,14 +332,16 @@ def filter_increments(
     """Filter the rest of a complete series by recursions for k and f.
 
     Before step `start` the mean is `a`, the innovation has variance f (f_before the one before it),
-    the gain is k / f, and m y y' is the increment of the covariance into that step. Returns whether
-    the variances kept their digits, and the sums of log f and of v^2 / f.
+    the gain is k / f, and m y y' is the increment of the covariance into that step; ``band[2]``
+    holds standard deviations of the state. Returns whether the result keeps its digits, and the
+    sums of log f and of v^2 / f.
     """
     nF, nb = row(F.shape[0], n), row(b.shape[0], n)
     nH, nd = row(H.shape[0], n), row(d.shape[0], n)
-    size, first, idle = a.size, f, 0
+    size, first, idle = a.size, f_before, 0
     companion = split_companion(F, nF, band)
-    product, logdet, quad, total, largest = 1.0, 0.0, 0.0, 0.0, 0.0
+    product, logdet, quad, echo = 1.0, 0.0, 0.0, 0.0
+    probe = band[2]
     alpha = 0.0
     for i in range(size):
         alpha += H[nH, 0, 0, i] * y[i]
@@ -358,14 +365,12 @@ def filter_increments(
             a[i] = g[i] + b[nb, tb, i] + gain * k[i]
         if idle > size:
             continue
-        alpha = 0.0
+        alpha, heard = 0.0, 0.0
         for i in range(size):
             alpha += H[nH, 0, 0, i] * y[i]
+            heard += H[nH, 0, 0, i] * probe[i]
         step = m * alpha
         f_before, f = f, f + step * alpha
-        total, largest = total + abs(alpha), max(largest, abs(alpha))
-        if not (f > FADED * first and total <= LASTING * largest):
-            return False, 0.0, 0.0
         idle = idle + 1 if abs(step * alpha) <= NEGLIGIBLE * f else 0
         multiply(F, nF, band, companion, y, g)
         ratio = alpha / f
@@ -373,4 +378,11 @@ def filter_increments(
             k[i] += step * g[i]
             y[i] = g[i] - ratio * k[i]
         m *= f / f_before
+        multiply(F, nF, band, companion, probe, g)
+        ratio = heard / f
+        for i in range(size):
+            probe[i] = g[i] - ratio * k[i]
+        echo += abs(heard)
+        if not max(echo * echo, first) <= LOUD * f:
+            return False, 0.0, 0.0
     return True, logdet + math.log(product), quad

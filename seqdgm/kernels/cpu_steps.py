@@ -69,7 +69,7 @@ class Work(NamedTuple):
     B: np.ndarray  # how the sequential innovations of a step depend on each other (D, D)
     v: np.ndarray  # innovations (D,)
     watch: np.ndarray  # whether the state has become steady (3,)
-    band: np.ndarray  # the two bands of a companion matrix (2, Z)
+    band: np.ndarray  # the two bands of a companion matrix, and a probe (3, Z)
     nothing: Moments  # histories of length 0
 
 
@@ -117,7 +117,7 @@ def make_work(state: int, obs: int, diffuse: int, steps: int) -> Work:
         np.empty((obs, obs)),
         np.empty(obs),
         np.empty(3),
-        np.empty((2, state)),
+        np.empty((3, state)),
         make_moments(0, 0, obs, state, False, False),
     )
 
