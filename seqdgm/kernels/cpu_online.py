@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqdgm.kernels.cpu import _compiled
-from seqdgm.kernels.cpu_filter import ALL, LOGLIK, Moments
-from seqdgm.kernels.cpu_steps import Work, make_work
+from seqdgm.kernels.cpu_filter import ALL, LOGLIK
+from seqdgm.kernels.cpu_steps import Moments, Work, make_work
 
 
 class Buffers(NamedTuple):
