@@ -12,17 +12,15 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels import cpu_filter, cpu_fixed, cpu_smoother, cpu_steps, types
+from seqdgm.kernels.cached import compiled, digest
 from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, SMOOTH
 from seqdgm.kernels.cpu_smoother import make_back
 from seqdgm.kernels.cpu_steps import Work, make_moments, make_work
@@ -119,17 +117,10 @@ def _work(state: int, obs: int, diffuse: int) -> Work:
 
 @cache
 def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """The compiled forward and backward loops, cached on disk.
-
-    The cache looks at the file that defines a function, not at what it calls. So both are bound to
-    a digest of all their sources, which becomes part of the key.
-    """
-    modules = (types, cpu_steps, cpu_fixed, cpu_filter, cpu_smoother)
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
-    digest = sha256(sources).hexdigest()
-    options = {"cache": True, "nogil": True, **cpu_steps.OPTIONS}
-    forward, backward = cpu_filter.bind_filter(digest), cpu_smoother.bind_smoother(digest)
-    return numba.njit(**options)(forward), numba.njit(**options)(backward)
+    """The compiled forward and backward loops, cached on disk."""
+    sources = digest(types, cpu_steps, cpu_fixed, cpu_filter, cpu_smoother)
+    forward, backward = cpu_filter.bind_filter(sources), cpu_smoother.bind_smoother(sources)
+    return compiled(forward), compiled(backward)
 
 
 def _spread(run: Callable[[int, int], None], n: int, work: int) -> None:
