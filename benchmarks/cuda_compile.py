@@ -19,6 +19,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from seqdgm.kernels import cuda_steps as steps
@@ -87,23 +88,23 @@ def compile_variant(name: str, state: int, architecture: int) -> dict[str, Any]:
         "architecture": f"sm_{architecture}",
         "series_per_program": blocks.B,
         "warps": blocks.warps,
-        **resources(compiled.asm["ptx"]),
+        **resources(compiled.asm["ptx"], architecture),
         "shared_bytes": compiled.metadata.shared,
         "cubin_bytes": len(compiled.asm["cubin"]),
         "compile_seconds": round(seconds, 1),
     }
 
 
-def resources(ptx: str) -> dict[str, int]:
-    """Registers and spills as ptxas reports them; its target is the one the source names."""
-    match = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    assert match is not None
+def resources(ptx: str, architecture: int) -> dict[str, int]:
+    """Registers and spills as ptxas reports them, called as triton calls it."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={match[1]}", str(path)]
+        command = [get_ptxas(architecture).path, "-v", "--regAllocOptLevel=2"]
         report = subprocess.run(
-            [*command, "-o", str(path.with_suffix(".cubin"))],
+            [*command, f"--gpu-name={target[1]}", str(path), "-o", str(path.with_suffix(".cubin"))],
             check=True,
             capture_output=True,
             text=True,

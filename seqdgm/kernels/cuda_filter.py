@@ -7,7 +7,7 @@ import triton.language as tl
 
 from seqdgm.kernels.cuda_steps import (
     ALL,
-    SMOOTH,
+    END,
     clean,
     count,
     keep_observation,
@@ -65,11 +65,9 @@ def forward_step(
             moments, diffuse, h, hr, y, var, seen, row, col, EXACT, DIFFUSE
         )
         totals = count(totals, result)
-        keep_observation(
-            result, x_at, seen, active, out, gains, size.state, row, MODE, DIFFUSE
-        )
+        keep_observation(result, x_at, seen, active, out, gains, size.state, row, MODE, DIFFUSE)
     moments = (moments[0], clean(moments[1], row == col))
-    if MODE == ALL or MODE == SMOOTH:
+    if MODE != END:
         keep_moments(at, moments, diffuse, active, out, size.state, row, col, DIFFUSE)
     return moments, diffuse, totals
 
@@ -144,9 +142,7 @@ def filter_kernel(
     else:
         t = tl.load(carry.steps + block)
         while t < longest:
-            moments, _, totals = forward_step(
-                t, moments, (), totals, *fixed, MODE, EXACT, False
-            )
+            moments, _, totals = forward_step(t, moments, (), totals, *fixed, MODE, EXACT, False)
             t += 1
     store_vector(carry.mean + n * size.state, moments[0], size.state, row, inside)
     store_matrix(carry.cov + squares, moments[1], size.state, row, col, inside)

@@ -32,9 +32,7 @@ def symmetric(N: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def sides(
-    N: tl.tensor, h: tl.tensor, hr: tl.tensor, c: tl.tensor, s: tl.tensor
-) -> tl.tensor:
+def sides(N: tl.tensor, h: tl.tensor, hr: tl.tensor, c: tl.tensor, s: tl.tensor) -> tl.tensor:
     """N - c h' - h c' + s h h'."""
     left = 0.5 * s * h - c
     return N + left * hr + h * flip(left)
@@ -150,9 +148,7 @@ def backward_step(
     """One step: through the transition out of it, its smoothed moments, through its elements."""
     active = t < length
     follows = t + 1 < length
-    F = load_matrix(
-        system.F + n * by_series.F + (t + 1) * by_step.F, size.state, row, col, follows
-    )
+    F = load_matrix(system.F + n * by_series.F + (t + 1) * by_step.F, size.state, row, col, follows)
     at = n * size.steps + t
     squares = at * size.state * size.state
     P = load_matrix(filtered.cov + squares, size.state, row, col, active)

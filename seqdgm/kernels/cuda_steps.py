@@ -206,9 +206,7 @@ def amplitudes(A: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def drop_rows(
-    A: tl.tensor, bound: tl.tensor, rank: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
+def drop_rows(A: tl.tensor, bound: tl.tensor, rank: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Zero the rows that have cancelled to rounding error of their terms."""
     squares, least = across(A * A), DIFFUSE_TOLERANCE * bound
     kept = squares > least * least
