@@ -54,7 +54,7 @@ def test_smoother_equals_dense(case: str) -> None:
         assert bool(out.lag_one[n, steps - 1 :].isnan().all())
 
 
-@pytest.mark.parametrize("missing", [0.0, 0.4, 0.9])
+@pytest.mark.parametrize("missing", [0.0, 0.6])
 @cases
 def test_every_field_equals_the_reference(case: str, missing: float) -> None:
     system, data = make_case(case, seed=3)
@@ -126,7 +126,7 @@ def test_diffuse_to_the_end() -> None:
     F = tensor([[1.0, 1.0], [0.0, 1.0]])[None, None]
     system = System(
         F, zero[None], eye[None, :, :1], eye[None, :, :1, :1],
-        zero[:, :1], zero[:, :1, 0], zero[:, 0], zero, eye,
+        zero[:, :1], zero[:, :1, :1], zero[:, 0], zero, eye,
     )  # fmt: skip
     x = torch.full((2, 9, 1), math.nan, dtype=torch.float64)
     x[0, [0, 2, 5]], x[1, 3] = tensor([[4.0], [6.0], [7.0]]), 5.0
@@ -158,7 +158,7 @@ def test_singular_observations_are_refused() -> None:
     mask = torch.ones_like(data.mask)
     mask[:, :4, 1] = False
     mask[0, :, 1] = False
-    with pytest.raises(ValueError, match="singular at step 4 of series 1.*use 'reference'"):
+    with pytest.raises(ValueError, match="singular at step 4 of series 1"):
         associative.kalman_filter(
             system._replace(H=H), data.x.nan_to_num(), mask, data.lengths, store="last"
         )
