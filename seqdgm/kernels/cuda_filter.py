@@ -94,7 +94,7 @@ def keep_moments(
         store_matrix(base, product_nt(A, A), state, row, col, wanted)
 
 
-@triton.jit(do_not_specialize=["by_series", "by_step", "size"])
+@triton.jit
 def filter_kernel(
     system: tl.tuple,
     by_series: tl.tuple,

@@ -184,7 +184,7 @@ def backward_step(
     return pull_observations(t, r, N, *place, DIFFUSE)
 
 
-@triton.jit(do_not_specialize=["by_series", "by_step", "size"])
+@triton.jit
 def smoother_kernel(
     system: tl.tuple,
     by_series: tl.tuple,
