@@ -222,7 +222,7 @@ def _until(
     k: int,
 ) -> tuple[System, Tensor, Tensor, Tensor]:
     """The first k steps of a panel."""
-    start = System(*(_between(field, 0, k) for field in system[:6]), *system[6:])
+    start = System._make((*(_between(field, 0, k) for field in system[:6]), *system[6:]))
     return start, x[:, :k], mask[:, :k], lengths.clamp(max=k)
 
 
@@ -451,7 +451,13 @@ def _totals(forward: _Pass, steps: _Steps, head: _Head) -> Filtered:
     parts = Filtered(quad, n_obs, logdet, quad, none, none)
     if head.filtered is not None:
         sums = [a + b for a, b in zip(parts[:5], head.filtered[:5], strict=True)]
-        parts = Filtered(*sums, head.filtered.rank_left)
+        parts = parts._replace(
+            n_obs=sums[1],
+            logdet=sums[2],
+            quad=sums[3],
+            n_diffuse=sums[4],
+            rank_left=head.filtered.rank_left,
+        )
     loglik = -0.5 * (parts.n_obs.to(quad) * math.log(2.0 * math.pi) + parts.logdet + parts.quad)
     return parts._replace(loglik=loglik)
 

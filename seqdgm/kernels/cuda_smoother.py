@@ -223,11 +223,11 @@ def smoother_kernel(
             t -= 1
             r, N = backward_step(t, r, N, *fixed, LAG_ONE, True)
     else:
-        r = (tl.zeros((B, S, 1), tl.float64),)
-        N = (tl.zeros((B, S, S), tl.float64),)
+        r_only = (tl.zeros((B, S, 1), tl.float64),)
+        N_only = (tl.zeros((B, S, S), tl.float64),)
         t = tl.max(length)
         while t > first:
             t -= 1
-            r, N = backward_step(t, r, N, *fixed, LAG_ONE, False)
-        store_vector(carry.r + n * size.state, r[0], size.state, row, inside)
-        store_matrix(carry.N + squares, N[0], size.state, row, col, inside)
+            r_only, N_only = backward_step(t, r_only, N_only, *fixed, LAG_ONE, False)
+        store_vector(carry.r + n * size.state, r_only[0], size.state, row, inside)
+        store_matrix(carry.N + squares, N_only[0], size.state, row, col, inside)
