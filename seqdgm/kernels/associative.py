@@ -33,14 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels import reference
-from seqdgm.kernels.types import (
-    ROUNDING,
-    Filtered,
-    Smoothed,
-    Store,
-    System,
-    check_arguments,
-)
+from seqdgm.kernels.types import ROUNDING, Filtered, Smoothed, Store, System, check_arguments
 
 
 class _Elements(NamedTuple):
