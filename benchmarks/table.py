@@ -40,6 +40,7 @@ def section(record: Mapping[str, Any]) -> str:
 def tables(folder: Path) -> str:
     """One section for each result file."""
     records = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    records = [record for record in records if "name" in record]
     return "\n\n".join(map(section, records)) or "Nothing has been measured yet: run `make bench`."
 
 
