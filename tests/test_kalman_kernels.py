@@ -744,7 +744,7 @@ def test_choice_of_implementation() -> None:
     assert get_kernels("cuda").__name__ == "seqdgm.kernels.reference"
     with pytest.raises(ValueError, match="cannot read tensors on cuda"):
         get_kernels("cuda", "cpu")
-    with pytest.raises(ValueError, match="use 'cpu' or 'reference'"):
+    with pytest.raises(ValueError, match="use one of"):
         get_kernels("cpu", "fortran")  # type: ignore[arg-type]
     system, data = make_case("shared")
     system = system._replace(F=system.F.requires_grad_())
@@ -752,3 +752,19 @@ def test_choice_of_implementation() -> None:
         kalman_filter(system, *data, store="last", implementation="cpu")
     with torch.no_grad():
         assert not kalman_filter(system, *data, store="last").loglik.requires_grad
+    names = ("lanes", "associative", "reference")
+    assert [get_kernels("cpu", name).__name__.rpartition(".")[2] for name in names] == [
+        "cpu_lanes",
+        "associative",
+        "reference",
+    ]
+
+
+def test_large_panels_take_the_vector_lanes() -> None:
+    from seqdgm.kernels import LANES_PAY, LANES_WORTH, _kernels_for, cpu_lanes
+
+    system, _ = make_case("shared")
+    few = torch.zeros(LANES_PAY, 10, system.H.shape[2]).double()
+    many = torch.zeros(LANES_WORTH, 10, system.H.shape[2]).double()
+    assert _kernels_for(system, few, None) is not cpu_lanes
+    assert (_kernels_for(system, many, None) is cpu_lanes) == cpu_lanes.supports(system, many)

@@ -1,12 +1,16 @@
 r"""The hot loops of exact Gaussian inference: tensors in, tensors out.
 
-One table of functions, `kalman_filter` and `kalman_smoother`, with two implementations: compiled
-loops for the CPU (`seqdgm.kernels.cpu`) and torch for every device and for autograd
-(`seqdgm.kernels.reference`). See `seqdgm.kernels.types` for the system they work on.
+One table of functions, `kalman_filter` and `kalman_smoother`, with five implementations: torch for
+every device and for autograd (`seqdgm.kernels.reference`), compiled loops for the CPU, one series
+after another (`seqdgm.kernels.cpu`) or a block of them in the lanes of vectors
+(`seqdgm.kernels.cpu_lanes`), Triton for GPUs (`seqdgm.kernels.cuda`), and a scan that is parallel
+in time (`seqdgm.kernels.associative`). See `seqdgm.kernels.types` for the system they work on.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal
 
@@ -18,7 +22,19 @@ from seqdgm.kernels.types import Filtered, Smoothed, Store, System
 
 __all__ = ["Filtered", "Smoothed", "System", "get_kernels", "kalman_filter", "kalman_smoother"]
 
-Implementation = Literal["cpu", "reference"]
+Implementation = Literal["cpu", "lanes", "reference", "associative", "cuda"]
+
+COMPILED = ("cpu", "lanes")
+LANES_PAY = 16  # series from which a block of them is faster than one after another
+LANES_WORTH = 50_000  # series-steps below which the loops for a size of the state are not loaded
+LARGEST_CUDA_STATE = 16
+_MODULES = {
+    "cpu": "seqdgm.kernels.cpu",
+    "lanes": "seqdgm.kernels.cpu_lanes",
+    "reference": "seqdgm.kernels.reference",
+    "associative": "seqdgm.kernels.associative",
+    "cuda": "seqdgm.kernels.cuda",
+}
 
 
 def kalman_filter(
@@ -58,8 +74,11 @@ def kalman_filter(
     store : {"likelihood", "last", "all"}
         Return the log-likelihood only (memory does not grow with time), the state after the last
         step of each series as well, or all steps.
-    implementation : {"cpu", "reference"}, optional
-        By default the compiled one for CPU tensors that need no gradient, else torch.
+    implementation : {"cpu", "lanes", "reference", "associative", "cuda"}, optional
+        By default torch where a gradient is needed; else compiled loops on the CPU ("lanes" for
+        large panels of small states), Triton on a GPU for up to 16 state elements, and torch for
+        the rest. The scan is never chosen unasked: it wants few, very long series on a GPU, and
+        refuses an observation of variance zero.
 
     Returns
     -------
@@ -163,29 +182,45 @@ def get_kernels(
     Raises
     ------
     ValueError
-        If the compiled loops are asked for on another device, or the name is unknown.
+        If the implementation cannot read tensors of the device, triton is not installed, or the
+        name is unknown.
     """
     kind = torch.device(device).type
     if implementation is None:
         implementation = "cpu" if kind == "cpu" else "reference"
-    if implementation == "reference":
-        from seqdgm.kernels import reference
-
-        return reference
-    if implementation != "cpu":
-        raise ValueError(f"implementation is {implementation!r}; use 'cpu' or 'reference'")
-    if kind != "cpu":
-        raise ValueError(f"the 'cpu' kernels cannot read tensors on {kind}; use 'reference'")
-    from seqdgm.kernels import cpu
-
-    return cpu
+    if implementation not in _MODULES:
+        raise ValueError(f"implementation is {implementation!r}; use one of {sorted(_MODULES)}")
+    if implementation in COMPILED and kind != "cpu":
+        raise ValueError(
+            f"the {implementation!r} kernels cannot read tensors on {kind}; use 'reference'"
+        )
+    if implementation == "cuda" and find_spec("triton") is None:
+        raise ValueError("the 'cuda' kernels need triton: pip install triton, or use 'reference'")
+    return import_module(_MODULES[implementation])
 
 
 def _kernels_for(system: System, x: Tensor, implementation: Implementation | None) -> ModuleType:
     """The implementation for these tensors: compiled loops cannot be differentiated."""
     wanted = torch.is_grad_enabled() and any([field.requires_grad for field in (x, *system)])
-    if implementation == "cpu" and wanted:
-        raise ValueError("the 'cpu' kernels have no gradient; use 'reference', or torch.no_grad()")
-    if implementation is None and wanted:
-        implementation = "reference"
+    if wanted and (implementation in COMPILED or implementation == "cuda"):
+        raise ValueError(
+            f"the {implementation!r} kernels have no gradient; use 'reference', or torch.no_grad()"
+        )
+    if implementation is None:
+        implementation = "reference" if wanted else _fastest(system, x)
     return get_kernels(x.device, implementation)
+
+
+def _fastest(system: System, x: Tensor) -> Implementation:
+    """The fastest implementation that takes a system, where no gradient is wanted."""
+    if x.device.type == "cuda":
+        fits = system.m0.shape[-1] <= LARGEST_CUDA_STATE and find_spec("triton") is not None
+        return "cuda" if fits else "reference"
+    if x.device.type != "cpu":
+        return "reference"
+    if len(x) >= LANES_PAY and x.shape[0] * x.shape[1] >= LANES_WORTH:
+        from seqdgm.kernels import cpu_lanes
+
+        if cpu_lanes.supports(system, x):
+            return "lanes"
+    return "cpu"

@@ -9,10 +9,8 @@ may be forked at any time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +18,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels import cpu_filter, cpu_fixed, cpu_smoother, cpu_steps, types
+from seqdgm.kernels.arrays import as_array, as_tensor, blank, read_totals, system_arrays
 from seqdgm.kernels.cached import compiled, digest
 from seqdgm.kernels.cpu_filter import ALL, LAST, LIKELIHOOD, SMOOTH
 from seqdgm.kernels.cpu_smoother import make_back
 from seqdgm.kernels.cpu_steps import Work, make_moments, make_work
+from seqdgm.kernels.threads import spread
 from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
 
 _MODES: dict[Store, int] = {"likelihood": LIKELIHOOD, "last": LAST, "all": ALL}
-_COUNTS = [cpu_filter.N_OBS, cpu_filter.N_DIFFUSE, cpu_filter.RANK_LEFT]
-# Below so many multiplications a second thread costs more than it saves.
-_WORTH_A_THREAD = 200_000
 # The smoother alternates between forward and backward passes over so many steps, whose gains are
 # all that it keeps besides its result.
 _BLOCK_STEPS = 4096
@@ -45,25 +42,25 @@ def kalman_filter(
 ) -> Filtered:
     """Kalman filter on the CPU, as documented in `seqdgm.kernels.kalman_filter`."""
     check_arguments(system, x, mask, lengths)
-    arrays, diffuse = _arrays(system)
+    arrays, diffuse = system_arrays(system)
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
     kept = {"likelihood": 0, "last": 1, "all": steps}[store]
     shape = (obs, state, diffuse > 0, store == "all")
     out = make_moments(n, kept, *shape) if kept else _nothing(0, 0, *shape)
     totals = np.empty((6, n))
-    data = (arrays, _array(x), _array(mask), _array(lengths))
+    data = (arrays, as_array(x), as_array(mask), as_array(lengths))
 
     forward, _ = _compiled()
 
     def run(start: int, stop: int) -> None:
         forward(*data, start, stop, _work(state, obs, diffuse), totals, out, _MODES[store])
 
-    _spread(run, n, steps * state * state * (obs + state))
+    spread(run, n, steps * state * state * (obs + state))
     if kept == 0:
-        return Filtered(*_totals(totals))
-    _blank(out, data[3] if store == "all" else np.minimum(data[3], 1), kept)
-    return Filtered(*_totals(totals), *map(_tensor, out))
+        return Filtered(*read_totals(totals))
+    blank(out, data[3] if store == "all" else np.minimum(data[3], 1), kept)
+    return Filtered(*read_totals(totals), *map(as_tensor, out))
 
 
 def kalman_smoother(
@@ -76,13 +73,13 @@ def kalman_smoother(
 ) -> Smoothed:
     """Fixed-interval smoother on the CPU, as documented in `seqdgm.kernels.kalman_smoother`."""
     check_arguments(system, x, mask, lengths)
-    arrays, diffuse = _arrays(system)
+    arrays, diffuse = system_arrays(system)
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
     out = make_moments(n, steps, obs, state, False, False)
     lags = np.empty((n if lag_one else 0, max(steps - 1, 0), state, state))
     totals = np.empty((6, n))
-    data = (arrays, _array(x), _array(mask), _array(lengths))
+    data = (arrays, as_array(x), as_array(mask), as_array(lengths))
 
     forward, backward = _compiled()
     block = max(1, _BLOCK_STEPS // max(steps, 1))
@@ -95,10 +92,10 @@ def kalman_smoother(
             forward(*data, low, high, work, totals, out, SMOOTH)
             backward(arrays, data[3], low, high, work, back, out.mean, out.cov, lags)
 
-    _spread(run, n, 2 * steps * state * state * (obs + 2 * state))
-    _blank(out, data[3], steps)
-    _blank([lags], data[3] - 1, steps - 1)
-    loglik, *_, rank_left = _totals(totals)
+    spread(run, n, 2 * steps * state * state * (obs + 2 * state))
+    blank(out, data[3], steps)
+    blank([lags], data[3] - 1, steps - 1)
+    loglik, *_, rank_left = read_totals(totals)
     mean, cov = torch.from_numpy(out.mean), torch.from_numpy(out.cov)
     return Smoothed(loglik, mean, cov, torch.from_numpy(lags) if lag_one else None, rank_left)
 
@@ -121,56 +118,3 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     sources = digest(types, cpu_steps, cpu_fixed, cpu_filter, cpu_smoother)
     forward, backward = cpu_filter.bind_filter(sources), cpu_smoother.bind_smoother(sources)
     return compiled(forward), compiled(backward)
-
-
-def _spread(run: Callable[[int, int], None], n: int, work: int) -> None:
-    """Call `run` on ranges that cover the series, in threads where that pays."""
-    threads = min(torch.get_num_threads(), n, 1 + n * work // _WORTH_A_THREAD)
-    if threads <= 1:
-        run(0, n)
-        return
-    # Several ranges a thread even out series of unequal length.
-    edges = np.linspace(0, n, min(n, 4 * threads) + 1).astype(int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, edges[:-1], edges[1:]))
-
-
-def _totals(totals: np.ndarray) -> tuple[Tensor, ...]:
-    """log-likelihood, n_obs, logdet, quad, n_diffuse, rank_left."""
-    counts = totals[_COUNTS].astype(np.int64)
-    loglik, _, logdet, quad, _, _ = totals
-    rows = (loglik, counts[0], logdet, quad, counts[1], counts[2])
-    return tuple([torch.from_numpy(row) for row in rows])
-
-
-def _blank(arrays: Iterable[np.ndarray], lengths: np.ndarray, steps: int) -> None:
-    """Write NaN beyond the end of each series."""
-    if lengths.min() >= steps:
-        return
-    past = np.arange(steps) >= lengths[:, None]
-    for array in arrays:
-        if len(array):
-            array[past] = np.nan
-
-
-def _tensor(array: np.ndarray) -> Tensor | None:
-    return torch.from_numpy(array) if len(array) else None
-
-
-def _arrays(system: System) -> tuple[Any, int]:
-    """The system as contiguous arrays, and the largest possible rank of a Pinf."""
-    arrays = System._make([_array(field, 1 if k < 6 else 0) for k, field in enumerate(system)])
-    if not arrays.Pinf.any():
-        return arrays, 0
-    return arrays, int((np.diagonal(arrays.Pinf, 0, 1, 2) > 0).sum(1).max())
-
-
-def _array(tensor: Tensor, shared: int = -1) -> Any:
-    """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
-    array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
-    if array.flags.c_contiguous:
-        return array
-    for axis in range(shared + 1):
-        if array.strides[axis] == 0:
-            array = array[:1] if axis == 0 else array[:, :1]
-    return np.ascontiguousarray(array)

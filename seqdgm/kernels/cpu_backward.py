@@ -7,7 +7,6 @@ the threads over the series of a panel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,10 +19,8 @@ from seqdgm.kernels import cpu_adjoint, cpu_score, cpu_steps, kalman_filter, typ
 from seqdgm.kernels.cached import compiled, digest
 from seqdgm.kernels.cpu_adjoint import Kept, make_gains, make_pull
 from seqdgm.kernels.cpu_score import Errors
+from seqdgm.kernels.threads import spread
 from seqdgm.kernels.types import Filtered, System
-
-# Below so many multiplications a second thread costs more than it saves.
-_WORTH_A_THREAD = 200_000
 
 
 class Backward(NamedTuple):
@@ -85,7 +82,7 @@ def backward_pass(
         loop(arrays, kept, lengths.numpy(), start, stop, *memory, grad, out)
         return grad
 
-    parts = _spread(run, n, steps * state * state * (2 * obs + 4 * state))
+    parts = spread(run, n, steps * state * state * (2 * obs + 4 * state))
     gradient = System._make(
         torch.from_numpy(np.concatenate(pieces) if len(field) > 1 else sum(pieces))
         for field, pieces in zip(arrays, zip(*parts, strict=True), strict=True)
@@ -119,7 +116,7 @@ def fixed_lag_pass(
         memory = make_gains(state, obs, steps), make_pull(state, obs)
         loop(arrays, kept, lengths.numpy(), start, stop, lag, *memory, mean, cov)
 
-    _spread(run, n, steps * min(lag, steps) * state * state * (2 * obs + 2 * state))
+    spread(run, n, steps * min(lag, steps) * state * state * (2 * obs + 2 * state))
     return filtered, torch.from_numpy(mean), torch.from_numpy(cov)
 
 
@@ -152,14 +149,3 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """The compiled loops, cached on disk and bound to a digest of all their sources."""
     key = digest(types, cpu_steps, cpu_adjoint, cpu_score)
     return compiled(cpu_score.bind_score(key)), compiled(cpu_score.bind_lag(key))
-
-
-def _spread(run: Callable[[int, int], Any], n: int, work: int) -> list[Any]:
-    """Results of `run` on ranges that cover the series, in threads where that pays."""
-    threads = min(torch.get_num_threads(), n, 1 + n * work // _WORTH_A_THREAD)
-    if threads <= 1:
-        return [run(0, n)]
-    # Several ranges a thread even out series of unequal length.
-    edges = np.linspace(0, n, min(n, 4 * threads) + 1).astype(int).tolist()
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(run, edges[:-1], edges[1:]))

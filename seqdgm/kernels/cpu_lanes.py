@@ -9,37 +9,34 @@ is first used, and cached on disk. `supports` says which systems they take.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels import cpu_lanes_loops, cpu_lanes_steps, cpu_lanes_vector, types
+from seqdgm.kernels.arrays import as_array, as_tensor, read_totals, system_arrays
+from seqdgm.kernels.cached import compiled, digest
 from seqdgm.kernels.cpu_lanes_loops import (
     ALL,
     LAST,
     LIKELIHOOD,
-    Moments,
     Panel,
     make_memory,
     make_picks,
 )
 from seqdgm.kernels.cpu_lanes_vector import WIDTH
+from seqdgm.kernels.cpu_steps import make_moments
+from seqdgm.kernels.threads import spread
 from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
 
 MAX_STATE = 8
 _MODES: dict[Store, int] = {"likelihood": LIKELIHOOD, "last": LAST, "all": ALL}
 # The filter fetches data, and passes results on, for so many steps at a time.
 _TILE = 64
-# Below so many multiplications a second thread costs more than it saves.
-_WORTH_A_THREAD = 500_000
 
 
 def supports(system: System, x: Float[Tensor, "series time obs"]) -> bool:
@@ -73,11 +70,11 @@ def kalman_filter(
 ) -> Filtered:
     """Kalman filter on the CPU, as documented in `seqdgm.kernels.kalman_filter`."""
     check_arguments(system, x, mask, lengths)
-    arrays, diffuse = _arrays(system)
+    arrays, diffuse = system_arrays(system)
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
     kept = {"likelihood": 0, "last": 1, "all": steps}[store]
-    out = _moments(n, kept, obs, state, diffuse, store == "all")
+    out = make_moments(n, kept, obs, state, diffuse > 0, store == "all")
     totals = np.empty((6, n))
     ends = lengths if store == "all" else lengths.clamp_max(1)
     given = (_flatten(arrays), _panel(x, mask, lengths, ends), make_picks(state, obs))
@@ -88,12 +85,12 @@ def kalman_filter(
         memory, places = make_memory(state, obs, tile)
         loop(*given, start, stop, tile, memory, places, totals, flat, _MODES[store])
 
-    _spread(run, n, steps * state * state * (obs + state))
+    spread(run, n, steps * state * state * (obs + state), block=WIDTH)
     if store == "all":
         unseen = ~mask.numpy()
         out.innovations[unseen] = np.nan
         out.innov_var[unseen] = np.nan
-    return Filtered(*_totals(totals), *map(_tensor, out))
+    return Filtered(*read_totals(totals), *map(as_tensor, out))
 
 
 def kalman_smoother(
@@ -106,10 +103,10 @@ def kalman_smoother(
 ) -> Smoothed:
     """Fixed-interval smoother on the CPU, as documented in `seqdgm.kernels.kalman_smoother`."""
     check_arguments(system, x, mask, lengths)
-    arrays, _ = _arrays(system)
+    arrays, _ = system_arrays(system)
     n, steps, obs = x.shape
     state = arrays.m0.shape[1]
-    out = _moments(n, steps, obs, state, False, False)
+    out = make_moments(n, steps, obs, state, False, False)
     pairs = np.empty((n if lag_one else 0, max(steps - 1, 0), state * state))
     totals = np.empty((6, n))
     given = (_flatten(arrays), _panel(x, mask, lengths, lengths), make_picks(state, obs))
@@ -120,8 +117,8 @@ def kalman_smoother(
         memory, places = make_memory(state, obs, max(steps, 1))
         loop(*given, start, stop, memory, places, totals, flat, pairs)
 
-    _spread(run, n, 2 * steps * state * state * (obs + 2 * state))
-    loglik, *_, rank_left = _totals(totals)
+    spread(run, n, 2 * steps * state * state * (obs + 2 * state), block=WIDTH)
+    loglik, *_, rank_left = read_totals(totals)
     mean, cov = torch.from_numpy(out.mean), torch.from_numpy(out.cov)
     lags = torch.from_numpy(pairs).unflatten(2, (state, state)) if lag_one else None
     return Smoothed(loglik, mean, cov, lags, rank_left)
@@ -129,61 +126,17 @@ def kalman_smoother(
 
 @cache
 def _compiled(state: int, smoother: bool) -> Callable[..., None]:
-    """The loops for a size of the state, cached on disk.
-
-    The cache looks at the file that defines a function, not at what it calls. So it is bound to a
-    digest of all its sources, which becomes part of the key.
-    """
-    modules = (types, cpu_lanes_vector, cpu_lanes_steps, cpu_lanes_loops)
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
+    """The loops for a size of the state, cached on disk."""
+    key = digest(types, cpu_lanes_vector, cpu_lanes_steps, cpu_lanes_loops)
     bind = cpu_lanes_loops.bind_smoother if smoother else cpu_lanes_loops.bind_filter
-    options = {"cache": True, "nogil": True, **cpu_lanes_loops.OPTIONS}
-    loop: Callable[..., None] = numba.njit(**options)(bind(sha256(sources).hexdigest(), state))
-    return loop
-
-
-def _spread(run: Callable[[int, int], None], n: int, work: int) -> None:
-    """Call `run` on ranges that cover the series, in threads where that pays."""
-    blocks = -(-n // WIDTH)
-    threads = min(torch.get_num_threads(), blocks, 1 + n * work // _WORTH_A_THREAD)
-    if threads <= 1:
-        run(0, n)
-        return
-    # Several ranges a thread even out series of unequal length.
-    count = min(blocks, 4 * threads)
-    edges = [min(n, WIDTH * (blocks * k // count)) for k in range(count + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, edges[:-1], edges[1:]))
+    return compiled(bind(key, state))
 
 
 def _panel(x: Tensor, mask: Tensor, lengths: Tensor, ends: Tensor) -> Panel:
     """The data as arrays, and the series by length, so that those of a block end together."""
-    length = _array(lengths)
+    length = as_array(lengths)
     order = np.argsort(length, kind="stable")
-    return Panel(_array(x), _array(mask), length, _array(ends), order)
-
-
-def _totals(totals: np.ndarray) -> tuple[Tensor, ...]:
-    """log-likelihood, n_obs, logdet, quad, n_diffuse, rank_left."""
-    return tuple(
-        torch.from_numpy(row.astype(np.int64) if k in (1, 4, 5) else row)
-        for k, row in enumerate(totals)
-    )
-
-
-def _moments(n: int, steps: int, obs: int, state: int, diffuse: bool, predicted: bool) -> Moments:
-    """Memory for the histories; those that are not kept have no rows."""
-    rows = n if steps else 0
-    more = n if predicted else 0
-    return Moments(
-        np.empty((rows, steps, state)),
-        np.empty((rows, steps, state, state)),
-        np.empty((rows if diffuse else 0, steps, state, state)),
-        np.empty((more, steps, state)),
-        np.empty((more, steps, state, state)),
-        np.empty((more, steps, obs)),
-        np.empty((more, steps, obs)),
-    )
+    return Panel(as_array(x), as_array(mask), length, as_array(ends), order)
 
 
 def _flatten(arrays: Any) -> Any:
@@ -193,22 +146,3 @@ def _flatten(arrays: Any) -> Any:
         steps = 1 if name in ("m0", "P0", "Pinf") else array.shape[1]
         flat.append(array.reshape(len(array), steps, -1) if len(array) else np.empty((0, 0, 0)))
     return type(arrays)._make(flat)
-
-
-def _tensor(array: np.ndarray) -> Tensor | None:
-    return torch.from_numpy(array) if len(array) else None
-
-
-def _arrays(system: System) -> tuple[Any, bool]:
-    """The system as contiguous arrays, and whether any of it is diffuse."""
-    arrays = System._make(_array(field, shared=1 if k < 6 else 0) for k, field in enumerate(system))
-    return arrays, bool(arrays.Pinf.any())
-
-
-def _array(tensor: Tensor, shared: int = -1) -> Any:
-    """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
-    array = tensor.detach().numpy()
-    for axis in range(shared + 1):
-        if array.strides[axis] == 0:
-            array = array[:1] if axis == 0 else array[:, :1]
-    return np.ascontiguousarray(array)

@@ -276,18 +276,6 @@ def load_tile(
     load(system.b, all_of_b, panel.order, first, stop, start, last, m, w.b)
 
 
-class Moments(NamedTuple):
-    """Flattened histories over series and time; those that are not wanted have length 0."""
-
-    mean: np.ndarray
-    cov: np.ndarray
-    cov_inf: np.ndarray
-    pred_mean: np.ndarray
-    pred_cov: np.ndarray
-    innovations: np.ndarray
-    innov_var: np.ndarray
-
-
 @cold
 def bring_moments(
     m: Any, w: Any, picks: Any, out: Any, panel: Any, first: int, stop: int, start: int, end: int

@@ -18,6 +18,7 @@ import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqdgm.kernels import LARGEST_CUDA_STATE
 from seqdgm.kernels.cuda_filter import filter_kernel
 from seqdgm.kernels.cuda_smoother import smoother_kernel
 from seqdgm.kernels.cuda_steps import (
@@ -36,7 +37,6 @@ from seqdgm.kernels.cuda_steps import (
 from seqdgm.kernels.reference import _factorise, _semidefinite_root
 from seqdgm.kernels.types import Filtered, Smoothed, Store, System, check_arguments
 
-LARGEST_STATE = 16
 # What a part of the panel may take besides its results.
 _SCRATCH_BYTES = 2**30
 
@@ -302,9 +302,9 @@ def _check(
     """Refuse what the kernels cannot read."""
     check_arguments(system, x, mask, lengths)
     state = system.m0.shape[-1]
-    if state > LARGEST_STATE:
+    if state > LARGEST_CUDA_STATE:
         raise ValueError(
-            f"the 'cuda' kernels take up to {LARGEST_STATE} state elements, not {state}; use "
+            f"the 'cuda' kernels take up to {LARGEST_CUDA_STATE} state elements, not {state}; use "
             "'reference' or 'associative'"
         )
     if not x.is_cuda and not triton.knobs.runtime.interpret:

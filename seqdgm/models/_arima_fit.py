@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 from seqdgm.kernels import cpu_search, cpu_steps, types
 from seqdgm.kernels.cached import compiled, digest
-from seqdgm.kernels.cpu import _spread
 from seqdgm.kernels.cpu_search import Limits, make_search
+from seqdgm.kernels.threads import spread
 from seqdgm.models import _arima_compiled, _arima_spec, _arma_likelihood
 from seqdgm.models._arima_compiled import (
     DONE,
@@ -152,7 +152,7 @@ def _run(jobs: Jobs, specs: Sequence[ArimaSpec], limits: Limits, out: Results) -
         work = make_work(lags, columns, max(columns, arma + 1), steps)
         loop(first, last, jobs, work, make_search(1, arma, limits.max_iter), limits, out)
 
-    _spread(run, n, 100 * steps * lags)
+    spread(run, n, 100 * steps * lags)
 
 
 def _order(spec: ArimaSpec) -> tuple[int, ...]:

@@ -1,0 +1,56 @@
+"""Between tensors and the bare arrays that compiled loops read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seqdgm.kernels.types import System
+
+_COUNTS = np.array([1, 4, 5])  # n_obs, n_diffuse, rank_left
+
+
+def as_array(tensor: Tensor, shared: int = -1) -> Any:
+    """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
+    array = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    if array.flags.c_contiguous:
+        return array
+    for axis in range(shared + 1):
+        if array.strides[axis] == 0:
+            array = array[:1] if axis == 0 else array[:, :1]
+    return np.ascontiguousarray(array)
+
+
+def as_tensor(array: np.ndarray) -> Tensor | None:
+    """A tensor over the array's memory; None for what was not kept."""
+    return torch.from_numpy(array) if len(array) else None
+
+
+def system_arrays(system: System) -> tuple[Any, int]:
+    """The system as contiguous arrays, and the largest possible rank of a Pinf."""
+    arrays = System._make([as_array(field, 1 if k < 6 else 0) for k, field in enumerate(system)])
+    if not arrays.Pinf.any():
+        return arrays, 0
+    return arrays, int((np.diagonal(arrays.Pinf, 0, 1, 2) > 0).sum(1).max())
+
+
+def read_totals(totals: np.ndarray) -> tuple[Tensor, ...]:
+    """log-likelihood, n_obs, logdet, quad, n_diffuse, rank_left."""
+    counts = totals[_COUNTS].astype(np.int64)
+    loglik, _, logdet, quad, _, _ = totals
+    rows = (loglik, counts[0], logdet, quad, counts[1], counts[2])
+    return tuple([torch.from_numpy(row) for row in rows])
+
+
+def blank(arrays: Iterable[np.ndarray], lengths: np.ndarray, steps: int) -> None:
+    """Write NaN beyond the end of each series."""
+    if lengths.min() >= steps:
+        return
+    past = np.arange(steps) >= lengths[:, None]
+    for array in arrays:
+        if len(array):
+            array[past] = np.nan
