@@ -319,7 +319,8 @@ class SequenceModel(nn.Module):
         evidence = engine.log_prob(
             self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
         )
-        value = _numpy(evidence.value) + log_jacobian(panel, transform)
+        jacobian = log_jacobian(panel, transform, diffuse=evidence.diffuse)
+        value = _numpy(evidence.value) + jacobian
         return LogProb(value, evidence.kind, _numpy(evidence.stderr))
 
     def forecast(
@@ -550,7 +551,8 @@ class SequenceModel(nn.Module):
         return StatePosterior(
             mean=_numpy(states.mean),
             cov=_numpy(states.cov),
-            log_likelihood=_numpy(states.log_likelihood) + log_jacobian(panel, transform),
+            log_likelihood=_numpy(states.log_likelihood)
+            + log_jacobian(panel, transform, diffuse=states.diffuse),
             names=self.state_names(states.mean.shape[-1]),
             panel=panel,
             kind=kind,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from seqdgm._align import has_labels
 from seqdgm.panel import Panel, align_inputs
 from seqdgm.transform import Transform, check_given, fit_transform, given_power
-from seqdgm.types import Batch
+from seqdgm.types import Batch, Diffuse
 
 if TYPE_CHECKING:
     from seqdgm.model import SequenceModel
@@ -202,16 +202,17 @@ def log_jacobian(
     panel: Panel,
     transform: Transform,
     start: np.ndarray | None = None,
-    skip: np.ndarray | None = None,
+    *,
+    diffuse: Diffuse | None = None,
 ) -> Float[np.ndarray, "series"]:
-    """Sum of log|dw/dx| over observed elements (from step ``start[n]`` on, but those to skip)."""
+    """Sum of log|dw/dx| over the observed elements that have a density, from ``start[n]`` on."""
     if transform.trivial:
         return np.zeros(panel.n_series)
     mask = panel.mask
     if start is not None:
         mask = mask & (np.arange(panel.n_steps)[None, :, None] >= start[:, None, None])
-    if skip is not None:
-        mask = mask & ~skip
+    if diffuse is not None:
+        mask = mask & ~diffuse().numpy()
     x = torch.from_numpy(np.where(mask, panel.values, 1.0))
     return np.where(mask, transform.log_jacobian(x).numpy(), 0.0).sum((1, 2))
 

@@ -137,6 +137,10 @@ class Batch:
         return Inputs(self.u[:, : self.n_steps], t)
 
 
+# Which observations determined a diffuse element, and so have no density: computed when asked for.
+Diffuse = Callable[[], Bool[Tensor, "series time dim"]]
+
+
 class States(NamedTuple):
     """Posterior of the latent states as an engine returns it."""
 
@@ -145,6 +149,7 @@ class States(NamedTuple):
     log_likelihood: Float[Tensor, "series"]
     ess: Float[Tensor, "series time"] | None = None
     draw: Callable[[int, torch.Generator], Tensor] | None = None
+    diffuse: Diffuse | None = None
 
 
 class Evidence(NamedTuple):
@@ -153,6 +158,7 @@ class Evidence(NamedTuple):
     value: Float[Tensor, "series"]
     kind: Literal["exact", "estimate", "lower bound"]
     stderr: Float[Tensor, "series"]
+    diffuse: Diffuse | None = None
 
 
 @dataclass(frozen=True)

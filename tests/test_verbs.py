@@ -224,3 +224,25 @@ def test_counts_are_checked(call) -> None:
     model = sq.RNN("gru", 4, max_epochs=1).fit(Y[:20], seed=0)
     with pytest.raises(ValueError, match="must be"):
         call(model)
+
+
+def test_diffuse_observations_have_no_jacobian() -> None:
+    """The likelihood of a diffuse level is that of the differences, in any unit."""
+    y = sq.datasets.load("nile").y
+    one = [[1.0]]
+    start = {"F": one, "H": one, "diffuse": True, "learn": ("Q", "R")}
+    plain = sq.LinearGaussianSSM(**start).fit(y, tol=1e-12)
+    scaled = sq.LinearGaussianSSM(**start, scale="standard").fit(y, tol=1e-12)
+    assert float(scaled.log_prob()) == pytest.approx(float(plain.log_prob()), abs=1e-3)
+    walk = sq.ARIMA((0, 1, 0), transform="log").fit(y)
+    steps, sigma = np.diff(np.log(y)), float(walk.sigma2_) ** 0.5
+    density = -0.5 * (steps / sigma) ** 2 - np.log(sigma) - 0.5 * np.log(2 * np.pi) - np.log(y[1:])
+    assert float(walk.log_prob()) == pytest.approx(density.sum(), rel=1e-12)
+    assert walk.filter().log_likelihood[0] == pytest.approx(density.sum(), rel=1e-12)
+    live = sq.ARIMA((0, 1, 0), transform="log")
+    live.build(1, 0)
+    live.coefficients_, live.sigma2_ = walk.coefficients_, walk.sigma2_
+    online = live.online()
+    for value in y:
+        state, _ = online.step(value)
+    assert state.log_likelihood[0] == pytest.approx(density.sum(), rel=1e-12)

@@ -170,7 +170,7 @@ def information_criteria(model: LinearGaussianModel) -> pd.DataFrame:
     value, n = out.loglik.numpy(), out.n_obs.numpy()
     if not transform.trivial:
         value = value + log_jacobian(
-            panel, transform, skip=innovations(model, batch).diffuse.numpy()
+            panel, transform, diffuse=lambda: innovations(model, batch).diffuse
         )
     if len(values) == 1:
         value, n = value.sum(keepdims=True), n.sum(keepdims=True)

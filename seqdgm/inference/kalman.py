@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.kernels import kalman_filter, kalman_smoother
 from seqdgm.kernels.types import System
-from seqdgm.types import Batch, Evidence, Gaussian, Prediction, States
+from seqdgm.types import Batch, Diffuse, Evidence, Gaussian, Prediction, States
 
 if TYPE_CHECKING:
     from seqdgm.inference.online import Online
@@ -46,13 +46,14 @@ def filter(
     model: StateSpaceModel, batch: Batch, *, n_particles: int, generator: torch.Generator
 ) -> States:
     """Exact filtering moments (the Monte-Carlo options are not used)."""
-    out = kalman_filter(_system(model, batch), batch.x, batch.mask, batch.lengths, store="all")
+    system = _system(model, batch)
+    out = kalman_filter(system, batch.x, batch.mask, batch.lengths, store="all")
     assert out.mean is not None
     assert out.cov is not None
     cov = out.cov
     if out.cov_inf is not None:
         cov = torch.where(out.cov_inf.abs() > 0, torch.inf, cov)
-    return States(out.mean, cov, out.loglik)
+    return States(out.mean, cov, out.loglik, diffuse=_diffuse(model, batch, system))
 
 
 def smooth(
@@ -72,14 +73,14 @@ def smooth(
         from seqdgm.inference.disturbances import fixed_lag
 
         loglik, mean, cov = fixed_lag(system, batch.x, batch.mask, batch.lengths, lag)
-        return States(mean, cov, loglik)
+        return States(mean, cov, loglik, diffuse=_diffuse(model, batch, system))
     out = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=False)
     _check_proper(out.rank_left, batch)
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         return simulation_smoother(system, batch, out.mean, n, generator)
 
-    return States(out.mean, out.cov, out.loglik, draw=draw)
+    return States(out.mean, out.cov, out.loglik, draw=draw, diffuse=_diffuse(model, batch, system))
 
 
 def log_prob(
@@ -98,7 +99,7 @@ def log_prob(
         head = kalman_filter(system, batch.x, batch.mask, start, store="likelihood")
         _check_proper(head.rank_left, batch)
         value = value - head.loglik
-    return Evidence(value, "exact", torch.zeros_like(value))
+    return Evidence(value, "exact", torch.zeros_like(value), _diffuse(model, batch, system))
 
 
 def forecast(
@@ -131,7 +132,8 @@ def forecast(
     def draw_states(n: int, generator: torch.Generator) -> Tensor:
         return simulate(ahead, batch.n_series, n, horizon, generator)[0]
 
-    states = States(out.mean, out.cov, last.loglik, draw=draw_states)
+    known = _diffuse(model, batch, system)
+    states = States(out.mean, out.cov, last.loglik, draw=draw_states, diffuse=known)
     variance = torch.diagonal(cov, dim1=-2, dim2=-1)
     return Prediction(Gaussian(mean, variance, draw), states)
 
@@ -281,6 +283,19 @@ def simulate(
     x = (system.H[:, None] @ path[..., None])[..., 0] + system.d[:, None]
     error = _normal(x.shape, system.m0, generator)
     return path, x + (_root(system.R)[:, None] @ error[..., None])[..., 0]
+
+
+def _diffuse(model: StateSpaceModel, batch: Batch, system: System) -> Diffuse | None:
+    """Which observations have no density; None where every one has."""
+    if not bool(system.Pinf.any()):
+        return None
+
+    def find() -> Bool[Tensor, "series time dim"]:
+        from seqdgm.inference.innovations import innovations
+
+        return innovations(model, batch).diffuse
+
+    return find
 
 
 def _system(model: StateSpaceModel, batch: Batch) -> System:

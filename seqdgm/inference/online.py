@@ -176,8 +176,9 @@ class Online:
         steps = [self._known("inputs", inputs)]
         if not self.n_inputs or next_inputs is not None:
             steps.append(self._known("next_inputs", next_inputs))
-        loglik, states = self._run(scaled, mask, steps)
+        loglik, states, density = self._run(scaled, mask, steps)
         mean, cov, cov_inf = states[0]
+        jacobian = np.where(density, jacobian, 0.0).sum(1)
         self._start = {"m0": mean.copy(), "P0": cov.copy(), "Pinf": cov_inf.copy()}
         self._log_likelihood = self._log_likelihood + (loglik + jacobian)
         self._n_steps, self._fresh = self._n_steps + 1, False
@@ -193,7 +194,7 @@ class Online:
         """Forecast the next observation, given its inputs if the model has any."""
         u = self._known("inputs", inputs)
         nothing = np.zeros((self.n_series, self.n_dims))
-        _, states = self._run(nothing, nothing.astype(bool), [u])
+        _, states, _ = self._run(nothing, nothing.astype(bool), [u])
         return self._forecast(states[0], u)
 
     def _run(
@@ -201,12 +202,13 @@ class Online:
         x: Float[Array, "series dim"],
         mask: Bool[Array, "series dim"],
         inputs: list[Float[Array, "series inputs"]],
-    ) -> tuple[Float[Array, "series"], list[tuple[Array, Array, Array]]]:
+    ) -> tuple[Float[Array, "series"], list[tuple[Array, Array, Array]], Bool[Array, "series dim"]]:
         """Filter from the state held over the steps that `inputs` are known for.
 
         Only the first of them is observed. The state held, unless it is the initial one, stands as
         a step without observation before them, so that the transition is the filter's own. What
-        comes back is overwritten by the next call.
+        comes back is overwritten by the next call: log-likelihood, moments of each step, and which
+        elements of the observation have a density.
         """
         carry = 0 if self._fresh else 1
         count = carry + len(inputs)
@@ -225,7 +227,8 @@ class Online:
         mean, cov, cov_inf = buffers.out[:3]
         if not self._diffuse:
             cov_inf = buffers.zero
-        return loglik, [(mean[:, t], cov[:, t], cov_inf[:, t]) for t in range(carry, count)]
+        states = [(mean[:, t], cov[:, t], cov_inf[:, t]) for t in range(carry, count)]
+        return loglik, states, np.isfinite(buffers.out.innov_var[:, carry])
 
     def _forecast(
         self, moments: tuple[Array, Array, Array], u: Float[Array, "series inputs"]
@@ -278,8 +281,8 @@ class Online:
 
     def _forward(
         self, x: Float[Array, "series dim"], mask: Bool[Array, "series dim"]
-    ) -> tuple[Float[Array, "series dim"], Float[Array, "series"] | float]:
-        """An observation in model units, and the logarithm of the Jacobian."""
+    ) -> tuple[Float[Array, "series dim"], Float[Array, "series dim"] | float]:
+        """An observation in model units, and the logarithm of the Jacobian of each element."""
         if self._transform is None:
             return x, 0.0
         given = torch.from_numpy(np.where(mask, x, 1.0))
@@ -290,8 +293,7 @@ class Online:
                 f"series {self._ids[k]!r}: {x[k, column]:g} in column {column} is outside the "
                 "domain of the model's transform; leave the observation out with NaN"
             )
-        jacobian = np.where(mask, self._transform.log_jacobian(given).numpy(), 0.0).sum(1)
-        return scaled, jacobian
+        return scaled, self._transform.log_jacobian(given).numpy()
 
 
 def begin(model: SequenceModel, n_series: int | None) -> Online:
@@ -303,6 +305,7 @@ def begin(model: SequenceModel, n_series: int | None) -> Online:
         If no engine of the model offers it, or `n_series` is not the number of series it holds.
     """
     from seqdgm.inference import find_engine
+    from seqdgm.inference.innovations import innovations
 
     engine = find_engine(model, "auto", "online")
     if model.data_ is None:
@@ -310,7 +313,8 @@ def begin(model: SequenceModel, n_series: int | None) -> Online:
         jacobian = np.zeros(batch.n_series)
     else:
         panel, batch, transform = prepare(model, None, None)
-        jacobian = log_jacobian(panel, transform)
+        given: Any = model
+        jacobian = log_jacobian(panel, transform, diffuse=lambda: innovations(given, batch).diffuse)
     if n_series not in (None, batch.n_series):
         raise ValueError(
             f"n_series={n_series!r}, but the model has {batch.n_series} series; leave it out"

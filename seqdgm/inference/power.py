@@ -79,16 +79,16 @@ def profile_power(
             "transform=('boxcox', 0.5)"
         )
     n = 1 if pooled else panel.n_series
-    skip: list[np.ndarray] = []
+    skip: list[torch.Tensor] = []
 
     def value(power: np.ndarray) -> np.ndarray:
         trial: Any = copy.deepcopy(draft)
         report, batch = attempt(trial, torch.from_numpy(power.copy())[:, None])
         if not skip:  # which observations are diffuse does not depend on their values
-            skip.append(innovations(trial, batch).diffuse.numpy())
+            skip.append(innovations(trial, batch).diffuse)
         assert report.log_likelihood is not None
         assert trial.transform_ is not None
-        jacobian = log_jacobian(panel, trial.transform_, skip=skip[0])
+        jacobian = log_jacobian(panel, trial.transform_, diffuse=lambda: skip[0])
         total = report.log_likelihood + (jacobian.sum() if pooled else jacobian)
         return np.where(np.isfinite(total), total, -np.inf)
 
