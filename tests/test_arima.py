@@ -68,7 +68,8 @@ def test_the_likelihood_of_logs_is_reported_in_the_units_of_the_data() -> None:
     y = sq.datasets.load("airline").y
     logs = sq.ARIMA((0, 1, 1), (0, 1, 1, 12)).fit(np.log(y)).log_prob().value[0]
     data = sq.ARIMA((0, 1, 1), (0, 1, 1, 12), transform="log").fit(y).log_prob().value[0]
-    assert data == pytest.approx(logs - np.log(y).sum(), abs=1e-6)
+    # The first 13 values start the differences: they have no density, and so no Jacobian.
+    assert data == pytest.approx(logs - np.log(y)[13:].sum(), abs=1e-6)
 
 
 def test_forecasts_equal_statsmodels() -> None:

@@ -296,4 +296,4 @@ def test_memory_of_the_likelihood_does_not_grow_with_the_data() -> None:
         return result
 
     assert peak(1, 100_000) < 1.2 * peak(1, 10) + 10_000
-    assert peak(500, 1000) < 500 * 6 * 8 * 3 + 50_000  # the totals
+    assert peak(500, 4000) < 1.2 * peak(500, 400) + 10_000
