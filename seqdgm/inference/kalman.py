@@ -304,8 +304,8 @@ def _system(model: StateSpaceModel, batch: Batch) -> System:
 
 def _until(system: System, steps: int) -> System:
     """Cut the time-varying matrices to the observed steps."""
-    fields = {name: getattr(system, name)[:, :steps] for name in ("F", "Q", "H", "R", "b", "d")}
-    return system._replace(**fields)
+    moving = [name for name in ("F", "Q", "H", "R", "b", "d") if getattr(system, name).shape[1] > 1]
+    return system._replace(**{name: getattr(system, name)[:, :steps] for name in moving})
 
 
 def _continue(

@@ -9,6 +9,7 @@ in time (`seqdgm.kernels.associative`). See `seqdgm.kernels.types` for the syste
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -196,29 +197,33 @@ def get_kernels(
         )
     if implementation == "cuda" and find_spec("triton") is None:
         raise ValueError("the 'cuda' kernels need triton: pip install triton, or use 'reference'")
+    return _module(implementation)
+
+
+@cache  # an import statement takes longer than a short series
+def _module(implementation: Implementation) -> ModuleType:
     return import_module(_MODULES[implementation])
 
 
 def _kernels_for(system: System, x: Tensor, implementation: Implementation | None) -> ModuleType:
     """The implementation for these tensors: compiled loops cannot be differentiated."""
     wanted = torch.is_grad_enabled() and any([field.requires_grad for field in (x, *system)])
+    if implementation is None:
+        return _module("reference" if wanted else _fastest(system, x))
     if wanted and (implementation in COMPILED or implementation == "cuda"):
         raise ValueError(
             f"the {implementation!r} kernels have no gradient; use 'reference', or torch.no_grad()"
         )
-    if implementation is None:
-        implementation = "reference" if wanted else _fastest(system, x)
     return get_kernels(x.device, implementation)
 
 
 def _fastest(system: System, x: Tensor) -> Implementation:
     """The fastest implementation that takes a system, where no gradient is wanted."""
-    if x.device.type == "cuda":
+    if not x.is_cpu:
         fits = system.m0.shape[-1] <= LARGEST_CUDA_STATE and find_spec("triton") is not None
-        return "cuda" if fits else "reference"
-    if x.device.type != "cpu":
-        return "reference"
-    if len(x) >= LANES_PAY and x.shape[0] * x.shape[1] >= LANES_WORTH:
+        return "cuda" if x.is_cuda and fits else "reference"
+    n, steps, _ = x.shape
+    if n >= LANES_PAY and n * steps >= LANES_WORTH:
         from seqdgm.kernels import cpu_lanes
 
         if cpu_lanes.supports(system, x):
