@@ -27,7 +27,7 @@ Implementation = Literal["cpu", "lanes", "reference", "associative", "cuda"]
 
 COMPILED = ("cpu", "lanes")
 LANES_PAY = 16  # series from which a block of them is faster than one after another
-LANES_WORTH = 50_000  # series-steps below which the loops for a size of the state are not loaded
+LANES_WORTH = 10_000  # series-steps below which the loops for a size of the state are not loaded
 LARGEST_CUDA_STATE = 16
 _MODULES = {
     "cpu": "seqdgm.kernels.cpu",

@@ -32,7 +32,14 @@ def as_tensor(array: np.ndarray) -> Tensor | None:
 
 def system_arrays(system: System) -> tuple[Any, int]:
     """The system as contiguous arrays, and the largest possible rank of a Pinf."""
-    arrays = System._make([as_array(field, 1 if k < 6 else 0) for k, field in enumerate(system)])
+    fields = [
+        # What most fields are, without a call for each: this is half the time of a short series.
+        field.numpy()
+        if field.is_contiguous() and not field.requires_grad
+        else as_array(field, 1 if k < 6 else 0)
+        for k, field in enumerate(system)
+    ]
+    arrays = System._make(fields)
     if not arrays.Pinf.any():
         return arrays, 0
     return arrays, int((np.diagonal(arrays.Pinf, 0, 1, 2) > 0).sum(1).max())

@@ -282,6 +282,7 @@ def forward(
     diagonal, steady, ready = True, False, False
     t = np.int64(0)  # the type of a literal would have every step compiled twice
     leaps = fixed and x.shape[2] == 1 and mode == LIKELIHOOD and is_complete(mask, n, 0, steps)
+    leaps = leaps and w.a.size > 1  # one number is no more than its increment
     start(w.watch, w.f_before, totals, n)
     rank = load_prior(w.a, w.P, w.A, system.m0, system.P0, system.Pinf, n)
     while t < steps:

@@ -201,6 +201,19 @@ def hold(
     nH, nd = row(H.shape[0], n), row(d.shape[0], n)
     size, obs = a.size, v.size
     quad = 0.0
+    if size == 1 and obs == 1 and b.shape[1] == 1 and d.shape[1] == 1:
+        # In registers: through memory a step waits for the one before to be stored.
+        f, c, h, k1 = F[nF, 0, 0, 0], b[nb, 0, 0], H[nH, 0, 0, 0], K[s, 0, 0]
+        mean, ahead, error, offset = a[0], u[0], v[0], d[nd, 0, 0]
+        t = start
+        while t < stop and mask[n, t, 0]:
+            ahead = f * mean + c
+            error = x[n, t, 0] - offset - h * ahead
+            mean = ahead + k1 * error
+            quad += error * error
+            t += 1
+        a[0], u[0], v[0] = mean, ahead, error
+        return t, quad / last[0]
     for t in range(start, stop):
         for i in range(obs):
             if not mask[n, t, i]:
