@@ -13,7 +13,10 @@ from _harness import Call, Contender, Task, equal, main, optimum
 
 import seqdgm as sq
 from seqdgm.kernels import kalman_filter
+from seqdgm.models._arima_fit import fit_jobs
+from seqdgm.models._arima_spec import unconstrain
 
+EVALUATIONS = 100
 AIRLINE: dict[str, Any] = {"order": (0, 1, 1), "seasonal_order": (0, 1, 1, 12)}
 
 
@@ -49,10 +52,8 @@ def sarima_evaluation(fitted: sq.ARIMA) -> Call:
     return call
 
 
-def airline_likelihood(sizes: Sizes) -> Task:
-    y = log_airline()
-    fitted = airline_model().fit(y)
-    params = [*fitted.coefficients_[0].tolist(), fitted.sigma2_.item()]
+def airline_peers(y: pd.Series, params: list[float]) -> list[Contender]:
+    """Likelihoods of the airline model by others, for the same parameters."""
 
     def statsmodels(*, simple_differencing: bool) -> Call:
         from statsmodels.tsa.statespace.sarimax import SARIMAX
@@ -80,25 +81,67 @@ def airline_likelihood(sizes: Sizes) -> Task:
 
         return call
 
+    return [
+        Contender(
+            "statsmodels, differenced first",
+            lambda: statsmodels(simple_differencing=True),
+            package="statsmodels",
+        ),
+        Contender(
+            "statsmodels, state space",
+            lambda: statsmodels(simple_differencing=False),
+            package="statsmodels",
+        ),
+        Contender("statsforecast, filter alone", statsforecast, package="statsforecast"),
+    ]
+
+
+# Forms that are not differenced first stand in for the diffuse start by a variance of 1e6.
+SAME_LIKELIHOOD = equal(0.0, atol=5e-3)
+
+
+def airline_likelihood(sizes: Sizes) -> Task:
+    y = log_airline()
+    fitted = airline_model().fit(y)
+    params = [*fitted.coefficients_[0].tolist(), fitted.sigma2_.item()]
     return Task(
         "log-likelihood, airline (0,1,1)(0,1,1)12, T = 144",
         [
             Contender("seqdgm, matrices and kernel", lambda: sarima_evaluation(fitted)),
             Contender("seqdgm, `log_prob`", lambda: fitted.log_prob),
-            Contender(
-                "statsmodels, differenced first",
-                lambda: statsmodels(simple_differencing=True),
-                package="statsmodels",
-            ),
-            Contender(
-                "statsmodels, state space",
-                lambda: statsmodels(simple_differencing=False),
-                package="statsmodels",
-            ),
-            Contender("statsforecast, filter alone", statsforecast, package="statsforecast"),
+            *airline_peers(y, params),
         ],
-        # Forms that are not differenced first stand in for the diffuse start by a variance of 1e6.
-        equal(0.0, atol=5e-3),
+        SAME_LIKELIHOOD,
+    )
+
+
+def airline_search(sizes: Sizes) -> Task:
+    """What a search repeats: the likelihood at other parameters, here a hundred times."""
+    y = log_airline()
+    fitted = airline_model().fit(y)
+    params = [*fitted.coefficients_[0].tolist(), fitted.sigma2_.item()]
+
+    def ours() -> Call:
+        spec, times = fitted.spec_, np.zeros(EVALUATIONS, int)
+        start = np.repeat(unconstrain(spec, fitted.coefficients_.numpy()), EVALUATIONS, 0)
+        x, lengths = y.to_numpy()[None], np.array([len(y)])
+        return lambda: fit_jobs(spec, x, lengths, series=times, start=start, max_iter=0)
+
+    def repeated(peer: Contender) -> Contender:
+        def prepare() -> Call:
+            call = peer.prepare()
+            return lambda: [call() for _ in range(EVALUATIONS)]
+
+        return Contender(peer.name, prepare, lambda values: values[0], peer.package)
+
+    return Task(
+        "one of many log-likelihoods in a search, airline",
+        [
+            Contender("seqdgm, compiled search", ours, lambda fits: fits.log_likelihood[0]),
+            *map(repeated, airline_peers(y, params)),
+        ],
+        SAME_LIKELIHOOD,
+        units=EVALUATIONS,
     )
 
 
@@ -226,6 +269,7 @@ def arima_panel(sizes: Sizes) -> Task:
 
 TASKS: dict[str, Callable[[Sizes], Task]] = {
     "airline-likelihood": airline_likelihood,
+    "airline-search": airline_search,
     "airline-fit": airline_fit,
     "arima-111-fit": arima_111_fit,
     "arima-panel": arima_panel,
