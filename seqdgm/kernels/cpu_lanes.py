@@ -85,7 +85,7 @@ def kalman_filter(
         memory, places = make_memory(state, obs, tile)
         loop(*given, start, stop, tile, memory, places, totals, flat, _MODES[store])
 
-    spread(run, n, steps * state * state * (obs + state), block=WIDTH)
+    spread(run, n, steps * state * state * (obs + state) // WIDTH, block=WIDTH)
     if store == "all":
         unseen = ~mask.numpy()
         out.innovations[unseen] = np.nan
@@ -117,7 +117,7 @@ def kalman_smoother(
         memory, places = make_memory(state, obs, max(steps, 1))
         loop(*given, start, stop, memory, places, totals, flat, pairs)
 
-    spread(run, n, 2 * steps * state * state * (obs + 2 * state), block=WIDTH)
+    spread(run, n, 2 * steps * state * state * (obs + 2 * state) // WIDTH, block=WIDTH)
     loglik, *_, rank_left = read_totals(totals)
     mean, cov = torch.from_numpy(out.mean), torch.from_numpy(out.cov)
     lags = torch.from_numpy(pairs).unflatten(2, (state, state)) if lag_one else None
