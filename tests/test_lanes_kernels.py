@@ -35,7 +35,7 @@ LARGE: dict[str, dict[str, Any]] = {
         "noise": noise,
         "times": VARYING if obs == 2 else {},
     }
-    for state in (3, 4, 5, 6, 8)
+    for state in (3, 8)
     for obs, diffuse, noise in ((1, 0, "zero"), (2, 0, "diagonal"), (3, 3, "diagonal"))
 }
 

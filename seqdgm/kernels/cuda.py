@@ -165,6 +165,8 @@ def kalman_smoother(
 def layout(state: int) -> Blocks:
     """Layout for a number of state elements: a warp has 32 to 64 elements of a covariance."""
     S = triton.next_power_of_2(state)
+    # Two by two, Triton does not get through compiling the smoother in minutes; as four it does.
+    S = 4 if S == 2 else S
     return Blocks(max(1, 32 // (S * S)), S, 4 if S > 8 else 1)
 
 
