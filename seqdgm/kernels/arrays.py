@@ -40,9 +40,11 @@ def system_arrays(system: System) -> tuple[Any, int]:
         for k, field in enumerate(system)
     ]
     arrays = System._make(fields)
-    if not arrays.Pinf.any():
-        return arrays, 0
-    return arrays, int((np.diagonal(arrays.Pinf, 0, 1, 2) > 0).sum(1).max())
+    diagonals = arrays.Pinf.diagonal(0, 1, 2) > 0
+    total = np.count_nonzero(diagonals)
+    if len(diagonals) == 1 or total == 0:
+        return arrays, total
+    return arrays, int(diagonals.sum(1).max())
 
 
 def read_totals(totals: np.ndarray) -> tuple[Tensor, ...]:
