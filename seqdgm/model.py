@@ -263,6 +263,7 @@ class SequenceModel(nn.Module):
         method: str = "auto",
         n_particles: int = 1000,
         seed: Seed = None,
+        **options: Any,
     ) -> StatePosterior:
         """Posterior of each state given the observations up to its own time.
 
@@ -277,8 +278,11 @@ class SequenceModel(nn.Module):
         n_particles : int
             Particles of a Monte-Carlo engine.
         seed : int or torch.Generator, optional
+        **options
+            Options of the engine, such as ``resampler=``, ``threshold=``, ``proposal=`` and
+            ``lookahead=`` of ``"particle"`` (`seqdgm.inference.smc.SMCOptions`).
         """
-        return self._states("filter", y, inputs, method, n_particles, seed)
+        return self._states("filter", y, inputs, method, n_particles, seed, options)
 
     def smooth(
         self,
@@ -288,18 +292,15 @@ class SequenceModel(nn.Module):
         method: str = "auto",
         n_particles: int = 1000,
         seed: Seed = None,
-        lag: int | None = None,
+        **options: Any,
     ) -> StatePosterior:
         """Posterior of each state given all observations; parameters as in `filter`.
 
-        With `lag`, given the observations up to so many steps after the state's own (fixed-lag
-        smoothing, by the engine ``"kalman"``).
+        With ``lag=``, given the observations up to so many steps after the state's own (fixed-lag
+        smoothing). ``smoother=`` chooses the algorithm of ``"particle"``
+        (`seqdgm.inference.smoothing.SMOOTHERS`).
         """
-        if lag is None:
-            return self._states("smooth", y, inputs, method, n_particles, seed)
-        if method not in ("auto", "kalman"):
-            raise ValueError(f"lag={lag!r} needs method='kalman', not {method!r}")
-        return self._states("smooth", y, inputs, "kalman", n_particles, seed, lag=lag)
+        return self._states("smooth", y, inputs, method, n_particles, seed, options)
 
     def log_prob(
         self,
@@ -309,15 +310,22 @@ class SequenceModel(nn.Module):
         method: str = "auto",
         n_particles: int = 1000,
         seed: Seed = None,
+        **options: Any,
     ) -> LogProb:
-        """Log-likelihood of each series in nats, in the data's own units; see `LogProb`."""
-        from seqdgm.inference import find_engine
+        """Log-likelihood of each series in nats, in the data's own units; see `LogProb`.
+
+        Parameters as in `filter`.
+        """
+        from seqdgm.inference import find_verb
 
         check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
-        engine = find_engine(self, method, "log_prob")
-        evidence = engine.log_prob(
-            self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
+        evidence = find_verb(self, method, "log_prob", options)(
+            self,
+            batch,
+            n_particles=n_particles,
+            generator=make_generator(seed, self.device),
+            **options,
         )
         jacobian = log_jacobian(panel, transform, diffuse=evidence.diffuse)
         value = _numpy(evidence.value) + jacobian
@@ -332,6 +340,7 @@ class SequenceModel(nn.Module):
         n_samples: int = 1000,
         method: str = "auto",
         seed: Seed = None,
+        **options: Any,
     ) -> Forecast:
         """Joint predictive distribution of the `horizon` steps after each series' end.
 
@@ -348,17 +357,18 @@ class SequenceModel(nn.Module):
         method : str
             Inference engine.
         seed : int or torch.Generator, optional
+        **options
+            Options of the engine, as in `filter`.
         """
-        from seqdgm.inference import find_engine
+        from seqdgm.inference import find_verb
 
         check_count("horizon", horizon)
         check_count("n_samples", n_samples)
         horizon = int(horizon)
         panel, batch, transform = self._prepare(y, inputs, horizon)
-        engine = find_engine(self, method, "forecast")
         generator = make_generator(seed, self.device)
-        prediction = engine.forecast(
-            self, batch, horizon=horizon, n_particles=n_samples, generator=generator
+        prediction = find_verb(self, method, "forecast", options)(
+            self, batch, horizon=horizon, n_particles=n_samples, generator=generator, **options
         )
         index = panel.future_index(horizon)
         score_seed = draw_seed(generator)
@@ -369,7 +379,7 @@ class SequenceModel(nn.Module):
 
         def score(y_future: Any) -> LogProb:
             return self._continuation_log_prob(
-                panel, batch.u, y_future, method, n_samples, score_seed
+                panel, batch.u, y_future, method, n_samples, score_seed, options
             )
 
         return Forecast(
@@ -389,7 +399,7 @@ class SequenceModel(nn.Module):
         An exactly diffuse initial element has no distribution to draw from: it starts at its entry
         of the initial mean.
         """
-        from seqdgm.inference import find_engine
+        from seqdgm.inference import find_verb
 
         check_count("length", length)
         check_count("n", n)
@@ -399,8 +409,7 @@ class SequenceModel(nn.Module):
         blank = Panel.of(np.zeros((len(rows), length, 1)))
         u = align_inputs(blank, inputs)
         check_inputs(self, u, inputs)
-        engine = find_engine(self, "auto", "sample")
-        x = engine.sample(
+        x = find_verb(self, "auto", "sample", {})(
             self,
             torch.from_numpy(u.copy()).to(self.device, self.dtype),
             torch.tensor(rows, device=self.device),
@@ -418,6 +427,7 @@ class SequenceModel(nn.Module):
         method: str = "auto",
         n_particles: int = 1000,
         seed: Seed = None,
+        **options: Any,
     ) -> Any:
         """Fill what was not observed by its posterior mean given everything that was.
 
@@ -426,13 +436,16 @@ class SequenceModel(nn.Module):
         same container as `y`
             Observed values are returned as they came.
         """
-        from seqdgm.inference import find_engine
+        from seqdgm.inference import find_verb
 
         check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
-        engine = find_engine(self, method, "impute")
-        filled = engine.impute(
-            self, batch, n_particles=n_particles, generator=make_generator(seed, self.device)
+        filled = find_verb(self, method, "impute", options)(
+            self,
+            batch,
+            n_particles=n_particles,
+            generator=make_generator(seed, self.device),
+            **options,
         )
         mean = _numpy(filled.data_mean(transform))
         inside = np.arange(panel.n_steps)[None, :, None] < panel.lengths[:, None, None]
@@ -522,13 +535,13 @@ class SequenceModel(nn.Module):
         method: str,
         n_particles: int,
         seed: Seed,
-        **options: Any,
+        options: dict[str, Any],
     ) -> StatePosterior:
-        from seqdgm.inference import find_engine
+        from seqdgm.inference import find_verb
 
         check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
-        run = getattr(find_engine(self, method, verb), verb)
+        run = find_verb(self, method, verb, options)
         generator = make_generator(seed, self.device)
         states = run(self, batch, n_particles=n_particles, generator=generator, **options)
         kind = "filtered" if verb == "filter" else "smoothed"
@@ -573,9 +586,10 @@ class SequenceModel(nn.Module):
         method: str,
         n_particles: int,
         seed: int,
+        options: dict[str, Any],
     ) -> LogProb:
         """log p(y_future | history): the evidence of the joint steps after the history."""
-        from seqdgm.inference import find_engine
+        from seqdgm.inference import find_verb
 
         whole = panel.append(y_future)
         self.check_data(whole)
@@ -584,16 +598,16 @@ class SequenceModel(nn.Module):
             raise ValueError(
                 f"y_future has {steps} steps, the forecast {u.shape[1] - panel.n_steps}"
             )
-        engine = find_engine(self, method, "log_prob")
         transform = transform_for(self, panel)
         known = u.double().cpu().numpy()
         full = make_batch(self, whole, known, match_rows(self, panel), transform)
-        evidence = engine.log_prob(
+        evidence = find_verb(self, method, "log_prob", options)(
             self,
             full,
             n_particles=n_particles,
             generator=make_generator(seed, self.device),
             start=torch.from_numpy(panel.lengths.copy()).to(self.device),
+            **options,
         )
         jacobian = log_jacobian(whole, transform, panel.lengths)
         return LogProb(_numpy(evidence.value) + jacobian, evidence.kind, _numpy(evidence.stderr))

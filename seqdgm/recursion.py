@@ -37,6 +37,9 @@ class StateSpaceModel(SequenceModel):
         Width of z; 0 for a model without random states.
     feedback : bool
         Whether `advance` reads the previous observation (then missing ones are sampled).
+    fills_missing : bool
+        False where `advance` takes an observation with NaN for what is missing; engines then draw
+        it only where a forecast or an imputation needs it.
 
     Examples
     --------
@@ -62,6 +65,7 @@ class StateSpaceModel(SequenceModel):
     learners: ClassVar[Mapping[str, str]] = {"given": "given"}
     latent_dim: int = 0
     feedback: bool = False
+    fills_missing: bool = True
 
     @property
     def ready(self) -> bool:
@@ -122,11 +126,25 @@ class StateSpaceModel(SequenceModel):
             f"{type(self).__name__} encodes data but has no proposal(h, c, u)"
         )
 
+    def lookahead(
+        self, h: Any, x: Tensor, mask: Tensor, u: Inputs
+    ) -> Float[Tensor, "*batch"] | None:
+        r"""Log of a guess at :math:`p(x_t \mid h_t)`, for the auxiliary particle filter.
+
+        None (the default) stands for :math:`g(x_t \mid \mathrm{E}[z_t \mid h_t])`.
+        """
+        return None
+
     def linear_gaussian(
         self, u: Float[Tensor, "series steps inputs"], rows: Int[Tensor, "series"]
     ) -> System:
         """System matrices of a linear-Gaussian model, for the engine ``"kalman"``."""
         raise NotImplementedError(f"{type(self).__name__} is not linear-Gaussian")
+
+    @property
+    def has_proposal(self) -> bool:
+        """Whether the model brings a proposal of its own."""
+        return type(self).proposal is not StateSpaceModel.proposal
 
     @property
     def markov(self) -> bool:

@@ -224,7 +224,7 @@ def test_systematic_resampling_is_unbiased_and_balanced() -> None:
     log_w, _ = normalise(torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)))
     counts = []
     for seed in range(400):
-        ancestors = systematic(log_w, torch.Generator().manual_seed(seed))
+        ancestors = systematic(log_w, torch.Generator().manual_seed(seed)).ancestors
         counts.append(torch.bincount(ancestors[0], minlength=4).numpy())
     counts = np.array(counts)
     expected = 4 * log_w.exp()[0].numpy()

@@ -7,10 +7,10 @@ model admits, it says itself (`SequenceModel.engines`, `SequenceModel.learners`)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ ENGINES = {
     "particle": "seqdgm.inference.particle",
     "variational": "seqdgm.inference.variational",
 }
+# What the verbs themselves pass to an engine.
+_GIVEN = frozenset({"model", "batch", "n_particles", "generator", "horizon", "start"})
 LEARNERS = {
     "quasi-newton": ("seqdgm.inference.mle", "fit"),
     "order-search": ("seqdgm.inference.order_search", "fit"),
@@ -31,31 +33,63 @@ LEARNERS = {
 }
 
 
-def find_engine(model: SequenceModel, method: str, verb: str) -> ModuleType:
-    """Return the engine for a verb: the one named, or the most exact one that has the verb.
+def find_verb(
+    model: SequenceModel, method: str, verb: str, options: Collection[str]
+) -> Callable[..., Any]:
+    """Return the function of a verb, from the engine named or the most exact one that has it.
 
     Raises
     ------
     ValueError
-        If the model does not admit the engine named, or the engine lacks the verb.
+        If the model does not admit the engine named, the engine lacks the verb, or the verb has no
+        option of a name.
     """
     if method == "auto":
-        for name in model.engines:
-            engine = import_module(ENGINES[name])
-            if hasattr(engine, verb):
-                return engine
+        offers = [name for name in model.engines if _verb(name, verb)]
+        if not offers:
+            raise ValueError(
+                f"{type(model).__name__} has no {verb}: none of its engines {list(model.engines)} "
+                "offers it"
+            )
+        # The most exact engine, or the most exact one that knows what was asked for.
+        method = next((name for name in offers if _takes(_verb(name, verb), options)), offers[0])
+    run = _verb(method, verb) if method in model.engines else None
+    if run is None:
         raise ValueError(
-            f"{type(model).__name__} has no {verb}: none of its engines {list(model.engines)} "
-            "offers it"
+            f"{type(model).__name__}.{verb} has no method {method!r}; choose 'auto' or one of "
+            f"{list(model.engines)}"
         )
-    if method in model.engines:
-        engine = import_module(ENGINES[method])
-        if hasattr(engine, verb):
-            return engine
-    raise ValueError(
-        f"{type(model).__name__}.{verb} has no method {method!r}; choose 'auto' or one of "
-        f"{list(model.engines)}"
-    )
+    if not _takes(run, options):
+        known = sorted(option_names(run) - _GIVEN)
+        raise ValueError(
+            f"{verb} by {method!r} has no options {sorted(set(options) - set(known))}; it takes "
+            f"{known}"
+        )
+    return run
+
+
+def _verb(engine: str, verb: str) -> Callable[..., Any] | None:
+    found: Callable[..., Any] | None = getattr(import_module(ENGINES[engine]), verb, None)
+    return found
+
+
+def _takes(function: Callable[..., Any] | None, options: Collection[str]) -> bool:
+    if not options:
+        return True
+    return function is not None and set(options) <= option_names(function) - _GIVEN
+
+
+@cache
+def option_names(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's parameters, those of an unpacked TypedDict included."""
+    names: set[str] = set()
+    for name, parameter in signature(function).parameters.items():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            unpacked = str(parameter.annotation).removeprefix("Unpack[").removesuffix("]")
+            names |= function.__globals__[unpacked].__optional_keys__
+        else:
+            names.add(name)
+    return frozenset(names)
 
 
 def find_learner(model: SequenceModel, method: str | None) -> tuple[str, Callable[..., FitReport]]:

@@ -304,10 +304,10 @@ def begin(model: SequenceModel, n_series: int | None) -> Online:
     ValueError
         If no engine of the model offers it, or `n_series` is not the number of series it holds.
     """
-    from seqdgm.inference import find_engine
+    from seqdgm.inference import find_verb
     from seqdgm.inference.innovations import innovations
 
-    engine = find_engine(model, "auto", "online")
+    start_online = find_verb(model, "auto", "online", ())
     if model.data_ is None:
         batch, transform = _before_data(model, n_series)
         jacobian = np.zeros(batch.n_series)
@@ -319,7 +319,7 @@ def begin(model: SequenceModel, n_series: int | None) -> Online:
         raise ValueError(
             f"n_series={n_series!r}, but the model has {batch.n_series} series; leave it out"
         )
-    online: Online = engine.online(model, batch, transform=transform, log_jacobian=jacobian)
+    online: Online = start_online(model, batch, transform=transform, log_jacobian=jacobian)
     return online
 
 

@@ -5,40 +5,56 @@ At every step and for every particle
 .. math::
 
     h_t = \mathrm{advance}(s_{t-1}, x_{t-1}, u_t), \quad
-    z_t \sim q(z_t \mid h_t, \cdot), \quad s_t = \mathrm{absorb}(h_t, z_t), \quad
-    w_t = g(x_t \mid s_t)\, f(z_t \mid h_t) / q(z_t \mid h_t, \cdot)
+    a \sim \mathrm{resample}(W_{t-1} \eta_t), \quad
+    z_t \sim q(z_t \mid h_t^a, \cdot), \quad s_t = \mathrm{absorb}(h_t^a, z_t), \\
+    w_t = \frac{1}{\eta_t^a} \frac{g(x_t \mid s_t)\, f(z_t \mid h_t^a)}{q(z_t \mid h_t^a, \cdot)}
 
-with the prior as proposal where the model has none (bootstrap filter). The product of the mean
-weights is an unbiased estimate of the likelihood. Unobserved elements of :math:`x_t` are left out
-of the weight; where the model feeds observations back they are drawn from the emission.
+with the prior as proposal (bootstrap filter), the model's own or a local approximation (guided
+filter), and with a look-ahead :math:`\eta_t = \eta(h_t, x_t)` in the auxiliary filter, else 1. The
+product of the mean weights is an unbiased estimate of the likelihood. Unobserved elements of
+:math:`x_t` are left out of the weight; where the model feeds observations back they are drawn from
+the emission. With a reference trajectory, which particle 0 follows, the same loop is the
+conditional filter of particle Gibbs.
 
 References
 ----------
-Gordon, Salmond and Smith (1993); Doucet and Johansen (2009), A tutorial on particle filtering and
-smoothing; Lee and Whiteley (2018), Variance estimation in the particle filter, *Biometrika* 105.
+Gordon, Salmond and Smith (1993); Pitt and Shephard (1999), Filtering via simulation: auxiliary
+particle filters, *JASA* 94; Andrieu, Doucet and Holenstein (2010), *JRSS B* 72; Lindsten, Jordan
+and Schön (2014), Particle Gibbs with ancestor sampling, *JMLR* 15; Lee and Whiteley (2018),
+Variance estimation in the particle filter, *Biometrika* 105.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from seqdgm.inference.proposals import Proposal, make_proposal
 from seqdgm.inference.resampling import (
-    RESAMPLERS,
+    AdaptiveResampler,
+    Resampled,
+    Resampler,
+    adaptive,
     effective_sample_size,
+    find_resampler,
     gather,
     normalise,
-    resample_where,
 )
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, tree_map
+from seqdgm.types import Batch, Inputs, tree_map
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
+
+# log eta(h_t, x_t) of every particle, (series, particle); u, x and the mask as in `Proposal`.
+Lookahead = Callable[["StateSpaceModel", Any, Inputs, Tensor, Tensor], Tensor]
 
 
 class Step(NamedTuple):
@@ -75,6 +91,22 @@ class Collector(Protocol):
         """Take in one step."""
 
 
+class Reference(NamedTuple):
+    r"""A trajectory that particle 0 follows (conditional SMC).
+
+    Attributes
+    ----------
+    z : Tensor of shape (series, time, state)
+        Not read beyond a series' end.
+    ancestor_sampling : bool
+        Whether the reference draws a new ancestor at every resampling, with probabilities
+        :math:`W_{t-1} f(z'_t \mid z_{t-1})`; for Markov models.
+    """
+
+    z: Float[Tensor, "series time state"]
+    ancestor_sampling: bool = True
+
+
 @dataclass(frozen=True)
 class SMCOptions:
     """How to run the filter.
@@ -82,18 +114,29 @@ class SMCOptions:
     Attributes
     ----------
     n_particles : int
-    resampler : str
-        Name in `seqdgm.inference.resampling.RESAMPLERS`.
+    resampler : str or Resampler
+        A name in `seqdgm.inference.resampling.RESAMPLERS`, or a function.
     threshold : float
-        Resample when the effective sample size falls below this share of the particles.
+        Resample when the effective sample size falls below this share of the particles; 1 resamples
+        at every step.
     draw_observations : bool
         Draw unobserved elements at every step (forecasts and imputation need them).
+    proposal : str or Proposal
+        ``"auto"`` is the model's own where it has one, else its prior (``"bootstrap"``); see
+        `seqdgm.inference.proposals.make_proposal`.
+    lookahead : {None, "mean"} or callable
+        Auxiliary filter: ``"mean"`` takes the model's `lookahead`, or the emission's density at the
+        mean of the prior.
+    reference : Reference, optional
     """
 
     n_particles: int = 1000
-    resampler: str = "systematic"
+    resampler: str | Resampler = "systematic"
     threshold: float = 0.5
     draw_observations: bool = False
+    proposal: str | Proposal = "auto"
+    lookahead: Literal["mean"] | Lookahead | None = None
+    reference: Reference | None = None
 
 
 class SMCResult(NamedTuple):
@@ -107,6 +150,8 @@ class SMCResult(NamedTuple):
         Effective sample size after each step, before resampling.
     log_weights : Tensor of shape (series, particle)
         Normalised, at the end.
+    s : state tree with leading axes (series, particle)
+        The particles at the end.
     stderr : Tensor of shape (series,)
         Standard error of the log-evidence (Lee and Whiteley 2018, equation 8); inf where all
         particles descend from one and the estimator has nothing to compare.
@@ -115,29 +160,50 @@ class SMCResult(NamedTuple):
     increments: Float[Tensor, "series time"]
     ess: Float[Tensor, "series time"]
     log_weights: Float[Tensor, "series particle"]
+    s: Any
     stderr: Float[Tensor, "series"]
 
 
 class _Facts(NamedTuple):
-    """What holds for one step of the whole batch, so that the loop need not ask tensors."""
+    """One step of the whole batch, with what the loop would otherwise ask of tensors."""
 
+    x: Float[Tensor, "series one dim"]
+    mask: Bool[Tensor, "series one dim"]
     inside: Bool[Tensor, "series"]
+    u: Inputs
     all_inside: bool
     any_inside: bool
     seen: bool
     complete: bool
 
     @classmethod
-    def of(cls, batch: Batch) -> list[_Facts]:
+    def of(cls, batch: Batch) -> Iterator[_Facts]:
         valid = batch.valid
+        known = batch.inputs_all()
+        steps = zip(known.values.unsqueeze(2).unbind(1), known.t.unbind(), strict=True)
         columns = (
+            batch.x.unsqueeze(2).unbind(1),
+            batch.mask.unsqueeze(2).unbind(1),
             valid.unbind(1),
+            [Inputs(*step) for step in steps],
             valid.all(0).tolist(),
             valid.any(0).tolist(),
             batch.mask.any(-1).any(0).tolist(),
             batch.mask.all(-1).all(0).tolist(),
         )
-        return [cls(*row) for row in zip(*columns, strict=True)]
+        return (cls(*row) for row in zip(*columns, strict=True))
+
+
+class _Plan(NamedTuple):
+    """What stays the same over the steps of a run."""
+
+    model: StateSpaceModel
+    options: SMCOptions
+    shape: tuple[int, int]
+    resample: AdaptiveResampler
+    proposal: Proposal | None
+    context: Any
+    generator: torch.Generator
 
 
 @dataclass
@@ -149,9 +215,8 @@ class _Cloud:
     log_weights: Float[Tensor, "series particle"]
     eve: Int[Tensor, "series particle"]
     resamplings: Int[Tensor, "series"]
-    ess: Float[Tensor, "series"]
     increments: list[Tensor] = field(default_factory=list)
-    history: list[Tensor] = field(default_factory=list)
+    ess: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -168,123 +233,235 @@ def run(
     ------
     ValueError
         If every particle of a series has weight zero, or a weight is not a number: the series and
-        the step are named.
+        the step are named. If the options do not fit the model.
     """
-    shape = (batch.n_series, options.n_particles)
+    plan = _make_plan(model, batch, options, generator)
+    n, count = plan.shape
     device = batch.x.device
-    uniform = batch.x.new_zeros(shape, dtype=torch.float64) - float(
-        torch.tensor(float(options.n_particles), dtype=torch.float64).log()
-    )
     cloud = _Cloud(
-        s=model.start(shape),
-        x=batch.x.new_zeros(*shape, batch.x.shape[2]) if model.feedback else None,
-        log_weights=uniform,
-        eve=torch.arange(shape[1], device=device).expand(shape).clone(),
-        resamplings=torch.zeros(shape[0], dtype=torch.int64, device=device),
-        ess=torch.full((shape[0],), float(shape[1]), dtype=torch.float64, device=device),
+        s=model.start(plan.shape),
+        x=batch.x.new_zeros(n, count, batch.x.shape[2]) if model.feedback else None,
+        log_weights=torch.full(plan.shape, -math.log(count), dtype=torch.float64, device=device),
+        eve=torch.arange(count, device=device).expand(plan.shape),
+        resamplings=torch.zeros(n, dtype=torch.int64, device=device),
     )
-    context = model.encode(batch)
-    for t, facts in enumerate(_Facts.of(batch)):
-        ancestors = _resample(cloud, options, uniform, generator) if t else None
-        h, z, x = _move(model, batch, cloud, context, t, facts, options, generator)
+    for t, now in enumerate(_Facts.of(batch)):
+        with _naming(t):
+            fed = None if cloud.x is None else model.embed(cloud.x)
+            h = model.advance(cloud.s, fed, now.u)
+            h, ancestors = _resample(plan, cloud, h, t, now) if t else (h, None)
+            z, x = _move(plan, cloud, h, t, now)
+        _check(cloud.increments[-1], batch, t)
         for collector in collectors:
-            collector.update(Step(t, h, z, cloud.s, x, cloud.log_weights, ancestors, facts.inside))
+            collector.update(Step(t, h, z, cloud.s, x, cloud.log_weights, ancestors, now.inside))
     return SMCResult(
         torch.stack(cloud.increments, 1),
-        torch.stack(cloud.history, 1),
+        torch.stack(cloud.ess, 1),
         cloud.log_weights,
+        cloud.s,
         _evidence_stderr(cloud),
     )
 
 
+def _make_plan(
+    model: StateSpaceModel, batch: Batch, options: SMCOptions, generator: torch.Generator
+) -> _Plan:
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"threshold={options.threshold!r} must lie between 0 and 1")
+    if options.lookahead not in (None, "mean") and not callable(options.lookahead):
+        raise ValueError(f"lookahead={options.lookahead!r} must be None, 'mean' or a function")
+    reference = options.reference
+    if reference is not None:
+        wanted = (*batch.x.shape[:2], model.latent_dim)
+        if tuple(reference.z.shape) != wanted:
+            raise ValueError(
+                f"the reference has shape {tuple(reference.z.shape)}, not (series, time, state) = "
+                f"{wanted}"
+            )
+        if reference.ancestor_sampling and not model.markov:
+            raise ValueError(
+                f"{type(model).__name__} has a memory besides z, so that the reference cannot draw "
+                "new ancestors step by step; use ancestor_sampling=False"
+            )
+        if model.feedback and not batch.complete:
+            raise ValueError(
+                f"{type(model).__name__} feeds observations back, and some are missing: a "
+                "reference trajectory does not hold them; impute them first"
+            )
+    resampler = find_resampler(options.resampler, conditional=reference is not None)
+    proposal = make_proposal(options.proposal, model) if model.latent_dim else None
+    return _Plan(
+        model,
+        options,
+        (batch.n_series, options.n_particles),
+        adaptive(resampler, options.threshold),
+        proposal,
+        None if proposal is None else proposal.begin(model, batch),
+        generator,
+    )
+
+
 def _resample(
-    cloud: _Cloud, options: SMCOptions, uniform: Tensor, generator: torch.Generator
-) -> Int[Tensor, "series particle"] | None:
-    needed = cloud.ess < options.threshold * options.n_particles
-    if options.n_particles == 1 or not bool(needed.any()):
-        return None
-    drawn = RESAMPLERS[options.resampler](cloud.log_weights, generator)
-    ancestors = resample_where(needed, drawn)
-    cloud.s = tree_map(lambda leaf: gather(leaf, ancestors), cloud.s)
-    cloud.x = None if cloud.x is None else gather(cloud.x, ancestors)
+    plan: _Plan, cloud: _Cloud, h: Any, t: int, now: _Facts
+) -> tuple[Any, Int[Tensor, "series particle"] | None]:
+    """Choose ancestors by weight and look-ahead; gather the memory that they left."""
+    if plan.shape[1] == 1:
+        return h, None
+    chances, ess, log_eta = cloud.log_weights, cloud.ess[-1], None
+    if plan.options.lookahead is not None and now.seen:
+        log_eta = _lookahead(plan, h, now)
+        chances = normalise(chances + log_eta)[0]
+        ess = effective_sample_size(chances)
+    done = plan.resample(chances, ess, plan.generator)
+    if done is None:
+        return h, None
+    drawn, needed = done
+    reference = plan.options.reference
+    if reference is not None and reference.ancestor_sampling:
+        drawn = _redraw_reference(plan, cloud, h, t, now, drawn, needed)
+    ancestors = drawn.ancestors
+    log_weights = drawn.log_weights
+    if log_eta is not None:
+        # W / chances at the ancestor: 1 without a look-ahead.
+        log_weights = log_weights + gather(cloud.log_weights - chances, ancestors)
+        log_weights = torch.where(needed[:, None], log_weights, cloud.log_weights)
+    cloud.log_weights = log_weights
     cloud.eve = gather(cloud.eve, ancestors)
-    cloud.log_weights = torch.where(needed[:, None], uniform, cloud.log_weights)
-    cloud.ess = torch.where(needed, float(options.n_particles), cloud.ess)
     cloud.resamplings = cloud.resamplings + needed
-    return ancestors
+    return tree_map(lambda leaf: gather(leaf, ancestors), h), ancestors
+
+
+def _lookahead(plan: _Plan, h: Any, now: _Facts) -> Float[Tensor, "series particle"]:
+    """log eta(h_t, x_t); zero where nothing is observed."""
+    rule, model = plan.options.lookahead, plan.model
+    log_eta = None
+    if callable(rule):
+        log_eta = rule(model, h, now.u, now.x, now.mask)
+    elif rule == "mean":
+        log_eta = model.lookahead(h, now.x, now.mask, now.u)
+    if log_eta is None:
+        prior = model.prior(h, now.u)
+        if prior is None:
+            return h.new_zeros(plan.shape)
+        mean = dist.expand(prior, plan.shape, model.latent_dim).mean
+        emission = model.emission(model.absorb(h, mean), now.u)
+        shape = (*plan.shape, now.x.shape[-1])
+        x, mask = now.x.expand(shape), now.mask.expand(shape)
+        log_eta = dist.log_prob(emission, x, None if now.complete else mask)
+    log_eta = log_eta.double().expand(plan.shape)
+    # A particle that looks impossible may still move to where the observation is possible.
+    floor = log_eta.max(1, keepdim=True).values - 50.0
+    return torch.where(now.mask.any(-1), torch.maximum(log_eta, floor), 0.0)
+
+
+def _redraw_reference(
+    plan: _Plan,
+    cloud: _Cloud,
+    h: Any,
+    t: int,
+    now: _Facts,
+    drawn: Resampled,
+    needed: Bool[Tensor, "series"],
+) -> Resampled:
+    """Draw the ancestor of particle 0 with probabilities W_{t-1} f(z'_t | h_t)."""
+    reference = plan.options.reference
+    assert reference is not None
+    prior = plan.model.prior(h, now.u)
+    assert prior is not None
+    target = reference.z[:, t, None].expand(*plan.shape, plan.model.latent_dim)
+    log_w = cloud.log_weights + dist.log_prob(prior, target).double()
+    log_w, total = normalise(log_w)
+    # A reference that no particle could have come from keeps its own ancestor.
+    safe = torch.where(torch.isfinite(total)[:, None], log_w.exp(), 1.0)
+    pick = torch.multinomial(safe, 1, generator=plan.generator)[:, 0]
+    keep = ~(needed & torch.isfinite(total) & now.inside)
+    ancestors = drawn.ancestors.clone()
+    ancestors[:, 0] = torch.where(keep, ancestors[:, 0], pick)
+    return drawn._replace(ancestors=ancestors)
 
 
 def _move(
-    model: StateSpaceModel,
-    batch: Batch,
-    cloud: _Cloud,
-    context: Tensor | None,
-    t: int,
-    facts: _Facts,
-    options: SMCOptions,
-    generator: torch.Generator,
-) -> tuple[Any, Tensor | None, Tensor | None]:
-    """Advance all particles by one step and weigh them."""
-    u = batch.inputs_at(t, extra_axes=1)
-    fed = None if cloud.x is None else model.embed(cloud.x)
-    h = model.advance(cloud.s, fed, u)
-    z, log_ratio = _propose(model, h, context, t, facts, u, cloud.log_weights.shape, generator)
+    plan: _Plan, cloud: _Cloud, h: Any, t: int, now: _Facts
+) -> tuple[Tensor | None, Tensor | None]:
+    """Draw all particles of one step and weigh them."""
+    model, options = plan.model, plan.options
+    z, log_ratio = _propose(plan, h, t, now)
     cloud.s = model.absorb(h, z)
-    emission = model.emission(cloud.s, u)
-    shape = (*cloud.log_weights.shape, batch.x.shape[-1])
-    x = batch.x[:, t, None].expand(shape)
-    mask = batch.mask[:, t, None].expand(shape)
+    emission = model.emission(cloud.s, now.u)
+    shape = (*plan.shape, now.x.shape[-1])
     log_w = cloud.log_weights
-    if facts.seen or log_ratio is not None:
-        gain = torch.zeros_like(log_w) if log_ratio is None else log_ratio.double()
-        if facts.seen:
-            unsure = None if facts.complete else mask
-            gain = gain + dist.log_prob(emission, x, unsure).double()
-        log_w, increment = normalise(log_w + gain)
-        _check(increment, batch, t)
-        cloud.ess = effective_sample_size(log_w)
+    if now.seen or log_ratio is not None:
+        if now.seen:
+            unsure = None if now.complete else now.mask.expand(shape)
+            log_g = dist.log_prob(emission, now.x.expand(shape), unsure)
+            log_w = log_w + (log_g if log_ratio is None else log_g.double() + log_ratio.double())
+        elif log_ratio is not None:
+            log_w = log_w + log_ratio.double()
+        log_w, increment = normalise(log_w)
     else:
         increment = log_w.new_zeros(len(log_w))
     cloud.log_weights = log_w
     cloud.increments.append(increment)
-    cloud.history.append(cloud.ess)
-    filled: Tensor | None = x if model.feedback else None
-    if options.draw_observations or (model.feedback and not facts.complete):
-        wide = dist.expand(emission, shape[:2], shape[2])
-        filled = dist.fill_missing(wide, x, mask, generator)
+    cloud.ess.append(effective_sample_size(log_w))
+    filled = None
+    if model.feedback or options.draw_observations:
+        filled = now.x.expand(shape)
+        if not now.complete:
+            mask = now.mask.expand(shape)
+            if options.draw_observations or model.fills_missing:
+                wide = dist.expand(emission, plan.shape, shape[2])
+                filled = dist.fill_missing(wide, filled, mask, plan.generator)
+            else:
+                filled = torch.where(mask, filled, torch.nan)
     if model.feedback:
         cloud.x = filled
-    return h, z, filled
+    return z, filled
 
 
-def _propose(
-    model: StateSpaceModel,
-    h: Any,
-    context: Tensor | None,
-    t: int,
-    facts: _Facts,
-    u: Any,
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-) -> tuple[Tensor | None, Tensor | None]:
+def _propose(plan: _Plan, h: Any, t: int, now: _Facts) -> tuple[Tensor | None, Tensor | None]:
     """Draw z and return it with log f - log q (None where z comes from the prior)."""
-    prior = model.prior(h, u)
+    model, proposal, generator = plan.model, plan.proposal, plan.generator
+    prior = model.prior(h, now.u)
     if prior is None:
         return None, None
-    prior = dist.expand(prior, shape, model.latent_dim)
-    if context is None or not facts.any_inside:
-        return dist.sample(prior, generator), None
-    proposal = dist.expand(model.proposal(h, context[:, t, None], u), shape, model.latent_dim)
-    z = dist.sample(proposal, generator)
-    inside = facts.inside[:, None]
-    if not facts.all_inside:
+    prior = dist.expand(prior, plan.shape, model.latent_dim)
+    if proposal is None or not now.any_inside:
+        return _follow(plan, dist.sample(prior, generator), t, now), None
+    found = proposal.propose(model, plan.context, t, h, now.u, now.x, now.mask)
+    found = dist.expand(found, plan.shape, model.latent_dim)
+    z = dist.sample(found, generator)
+    inside = now.inside[:, None]
+    if not now.all_inside:
         # Beyond the end of a series nothing was observed: the future comes from the prior.
         z = torch.where(inside[..., None], z, dist.sample(prior, generator))
-    ratio = dist.log_prob(prior, z) - dist.log_prob(proposal, z)
+    z = _follow(plan, z, t, now)
+    ratio = dist.log_prob(prior, z) - dist.log_prob(found, z)
     return z, torch.where(inside, ratio, 0.0)
 
 
+def _follow(
+    plan: _Plan, z: Float[Tensor, "series particle state"], t: int, now: _Facts
+) -> Float[Tensor, "series particle state"]:
+    """Put particle 0 on the reference trajectory, if there is one."""
+    reference = plan.options.reference
+    if reference is not None:
+        z[:, 0] = torch.where(now.inside[:, None], reference.z[:, t].to(z), z[:, 0])
+    return z
+
+
+@contextmanager
+def _naming(t: int) -> Iterator[None]:
+    """Say at which step a distribution of the model refused its parameters."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(f"at step {t} of the particle filter")
+        raise
+
+
 def _check(increment: Float[Tensor, "series"], batch: Batch, t: int) -> None:
+    if math.isfinite(float(increment.sum())):
+        return
     bad = torch.nonzero(~torch.isfinite(increment))
     if len(bad):
         k = int(bad[0, 0])
@@ -296,9 +473,9 @@ def _check(increment: Float[Tensor, "series"], batch: Batch, t: int) -> None:
 
 
 def _evidence_stderr(cloud: _Cloud) -> Float[Tensor, "series"]:
-    count = cloud.eve.shape[1]
+    n, count = cloud.eve.shape
     if count == 1:
-        return torch.full_like(cloud.ess, torch.inf)
+        return cloud.log_weights.new_full((n,), torch.inf)
     weights = cloud.log_weights.exp()
     families = torch.zeros_like(weights).scatter_add_(1, cloud.eve, weights)
     growth = (count / (count - 1.0)) ** (cloud.resamplings + 1).double()

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from seqdgm.kernels.types import System
 
-_COUNTS = np.array([1, 4, 5])  # n_obs, n_diffuse, rank_left
-
 
 def as_array(tensor: Tensor, shared: int = -1) -> Any:
     """A contiguous array over the tensor's memory; axes up to `shared` may be expanded ones."""
@@ -41,7 +39,7 @@ def system_arrays(system: System) -> tuple[Any, int]:
     ]
     arrays = System._make(fields)
     diagonals = arrays.Pinf.diagonal(0, 1, 2) > 0
-    total = np.count_nonzero(diagonals)
+    total = int(np.count_nonzero(diagonals))
     if len(diagonals) == 1 or total == 0:
         return arrays, total
     return arrays, int(diagonals.sum(1).max())
@@ -49,9 +47,8 @@ def system_arrays(system: System) -> tuple[Any, int]:
 
 def read_totals(totals: np.ndarray) -> tuple[Tensor, ...]:
     """log-likelihood, n_obs, logdet, quad, n_diffuse, rank_left."""
-    counts = totals[_COUNTS].astype(np.int64)
-    loglik, _, logdet, quad, _, _ = totals
-    rows = (loglik, counts[0], logdet, quad, counts[1], counts[2])
+    counts = totals[3:].astype(np.int64)
+    rows = (totals[0], counts[0], totals[1], totals[2], counts[1], counts[2])
     return tuple([torch.from_numpy(row) for row in rows])
 
 

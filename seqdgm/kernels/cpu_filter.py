@@ -53,7 +53,7 @@ from seqdgm.kernels.cpu_steps import (
 )
 
 LIKELIHOOD, LAST, ALL, SMOOTH = 0, 1, 2, 3  # what a forward pass keeps
-LOGLIK, N_OBS, LOGDET, QUAD, N_DIFFUSE, RANK_LEFT = range(6)  # rows of the totals
+LOGLIK, LOGDET, QUAD, N_OBS, N_DIFFUSE, RANK_LEFT = range(6)  # rows of the totals
 LOG_2PI = math.log(2.0 * math.pi)
 
 

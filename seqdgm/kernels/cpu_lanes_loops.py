@@ -226,9 +226,9 @@ def bring_totals(m: Any, place: int, totals: Any, order: Any, first: int, stop: 
         n_obs, quad = m[base + N_OBS * WIDTH], m[base + QUAD * WIDTH]
         logdet = math.log(m[base + PRODUCT * WIDTH]) + LOG_2 * m[base + EXPONENT * WIDTH]
         totals[0, n] = -0.5 * (n_obs * LOG_2PI + logdet + quad)
-        totals[1, n] = n_obs
-        totals[2, n] = logdet
-        totals[3, n] = quad
+        totals[1, n] = logdet
+        totals[2, n] = quad
+        totals[3, n] = n_obs
         totals[4, n] = m[base + N_DIFFUSE * WIDTH]
         totals[5, n] = m[base + RANK * WIDTH]
 

@@ -185,6 +185,9 @@ def _check_shapes(n: int, steps: int, obs: int, shapes: tuple[tuple[int, ...], .
             )
 
 
+_FLOAT64 = {torch.float64}
+
+
 def check_arguments(
     system: System,
     x: Float[Tensor, "series time obs"],
@@ -200,9 +203,10 @@ def check_arguments(
     """
     n, steps, obs = x.shape
     _check_shapes(n, steps, obs, tuple([field.shape for field in system]))
-    for name, field in zip(System._fields, system, strict=True):
-        if field.dtype != torch.float64:
-            raise ValueError(f"{name} is {field.dtype}; convert it with .double()")
+    if {field.dtype for field in system} != _FLOAT64:
+        for name, field in zip(System._fields, system, strict=True):
+            if field.dtype != torch.float64:
+                raise ValueError(f"{name} is {field.dtype}; convert it with .double()")
     if x.dtype != torch.float64:
         raise ValueError(f"x is {x.dtype}; convert it with .double()")
     if mask.shape != x.shape or mask.dtype != torch.bool:
