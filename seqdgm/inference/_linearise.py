@@ -378,13 +378,13 @@ def update(
     mask: Bool[Tensor, "*batch dim"] | None,
 ) -> Conditional:
     r"""Law of :math:`\xi` in :math:`z = \mu + L\xi` given y, linearised as the rule says."""
-    point, xi = mean, None
-    for _ in range(rule.iterations):
-        affine = rule(law, point, root, y.shape[-1])
-        if xi is not None:
-            back = (affine.load @ xi[..., None])[..., 0]
-            affine = affine._replace(mean=affine.mean - back)
-        found = condition(affine, y, mask)
-        xi = found.mean
+    found = condition(rule(law, mean, root, y.shape[-1]), y, mask)
+    xi = torch.zeros_like(found.mean)
+    for _ in range(rule.iterations - 1):
+        # Without a finite step, the next one starts where this one did.
+        xi = torch.where(found.mean.isfinite().all(-1, keepdim=True), found.mean, xi)
         point = mean + (root @ xi[..., None])[..., 0]
+        affine = rule(law, point, root, y.shape[-1])
+        back = (affine.load @ xi[..., None])[..., 0]
+        found = condition(affine._replace(mean=affine.mean - back), y, mask)
     return found

@@ -93,8 +93,11 @@ class LocalEKF:
     Parameters
     ----------
     iterations : int
-        Linearisations; more than one search for the mode of :math:`p(z_t \mid h_t, x_t)` (Gauss and
-        Newton), for observations much sharper than the prior.
+        Linearisations, each around what the last one gave (Gauss-Newton steps to the mode of
+        :math:`p(z_t \mid h_t, x_t)`). 1 is enough for a linear emission; for a curved one, a
+        single tangent at the prior's mean gives a Gaussian that is narrow and in the wrong place
+        as soon as the observation is sharper than the prior, which can be far worse than the
+        bootstrap filter.
     inflation : float
         Factor on the covariance.
     df : float, optional
@@ -126,7 +129,7 @@ class LocalEKF:
     Doucet, Godsill and Andrieu (2000), section II.D.
     """
 
-    iterations: int = 1
+    iterations: int = 3
     inflation: float = 1.0
     df: float | None = None
 
