@@ -61,7 +61,7 @@ class StateSpaceModel(SequenceModel):
     (1, 50, 1)
     """
 
-    engines: ClassVar[tuple[str, ...]] = ("particle",)
+    engines: ClassVar[tuple[str, ...]] = ("particle", "ekf", "ukf")
     learners: ClassVar[Mapping[str, str]] = {"given": "given"}
     latent_dim: int = 0
     feedback: bool = False

@@ -28,12 +28,15 @@ class LogProb:
     value : ndarray of shape (series,)
         Total log-likelihood of each series, in the data's own units. Diffuse elements of a
         linear-Gaussian model add ``-1/2 log F_inf`` and no ``2 pi`` term.
-    kind : {"exact", "estimate", "lower bound"}
+    kind : {"exact", "estimate", "lower bound", "approximation"}
         ``"estimate"``: log of an unbiased particle estimate of the likelihood;
-        ``"lower bound"``: evidence lower bound.
+        ``"lower bound"``: evidence lower bound; ``"approximation"``: by the extended or unscented
+        Kalman filter, exact for linear-Gaussian models and off by an unknown amount, in either
+        direction, for others.
     stderr : ndarray of shape (series,)
         Standard error of `value` (0 where exact; inf where a particle filter cannot tell because
-        all particles share one ancestor; NaN for a forecast's log score by particles).
+        all particles share one ancestor; NaN for an approximation and for a forecast's log score by
+        particles).
 
     Examples
     --------
@@ -42,7 +45,7 @@ class LogProb:
     """
 
     value: Float[Array, "series"]
-    kind: Literal["exact", "estimate", "lower bound"]
+    kind: Literal["exact", "estimate", "lower bound", "approximation"]
     stderr: Float[Array, "series"]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:

@@ -156,7 +156,7 @@ class Evidence(NamedTuple):
     """Log-likelihood as an engine returns it, in model units."""
 
     value: Float[Tensor, "series"]
-    kind: Literal["exact", "estimate", "lower bound"]
+    kind: Literal["exact", "estimate", "lower bound", "approximation"]
     stderr: Float[Tensor, "series"]
     diffuse: Diffuse | None = None
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ENGINES = {
     "kalman": "seqdgm.inference.kalman",
+    "ekf": "seqdgm.inference.ekf",
+    "ukf": "seqdgm.inference.ukf",
     "particle": "seqdgm.inference.particle",
     "variational": "seqdgm.inference.variational",
 }

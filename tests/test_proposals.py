@@ -1,0 +1,301 @@
+"""Guided particle filters: the proposals against the optimal one, and the evidence they give."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.distributions import Bernoulli, Gamma, Normal, Poisson, StudentT
+
+import seqdgm as sq
+from seqdgm.inference import smc
+from seqdgm.inference.proposals import LocalEKF, LocalUKF, make_proposal
+from seqdgm.inference.smc import SMCOptions
+from seqdgm.nn import distributions as dist
+from seqdgm.prepare import prepare
+from seqdgm.types import Inputs
+
+F = [[0.9, 0.2], [-0.1, 0.7]]
+H = [[1.0, 0.0], [0.5, 1.0]]
+Q = [[0.5, 0.1], [0.1, 0.3]]
+R = [[0.04, 0.015], [0.015, 0.06]]
+LOCAL = [
+    LocalEKF(),
+    LocalEKF(iterations=1, inflation=1.5),
+    LocalEKF(iterations=1, df=4.0),
+    LocalUKF(),
+    LocalUKF(alpha=0.3, kappa=1.0, df=5.0),
+]
+
+
+def linear_model() -> sq.LinearGaussianSSM:
+    return sq.LinearGaussianSSM(
+        F=F, H=H, Q=Q, R=R, m0=[0.5, -0.5], P0=[[1.0, 0.0], [0.0, 2.0]], diffuse=False
+    )
+
+
+def gappy(length: int = 8) -> np.ndarray:
+    values = linear_model().sample(length, seed=0).values[0].copy()
+    values[2] = np.nan
+    values[4, 0] = np.nan
+    values[5, 1] = np.nan
+    return values
+
+
+def evidence(model, y, options: SMCOptions, repeats: int, seed: int = 0) -> np.ndarray:
+    """Log-evidence of many independent runs, which are series of one batch."""
+    _, batch, _ = prepare(model, y, None)
+    many = batch.take(torch.zeros(repeats, dtype=torch.int64))
+    out = smc.run(model, many, options, torch.Generator().manual_seed(seed))
+    return out.increments.sum(1).numpy()
+
+
+def check_unbiased(log_ratio: np.ndarray) -> None:
+    ratio = np.exp(log_ratio)
+    assert abs(ratio.mean() - 1) <= 5 * ratio.std(ddof=1) / np.sqrt(len(ratio))
+
+
+def weights(model, proposal, h, x, mask, u) -> torch.Tensor:
+    """log f + log g - log q at draws from the proposal."""
+    found = proposal.propose(model, proposal.begin(model, None), 1, h, u, x, mask)
+    found = dist.expand(found, h.shape[:-1], model.latent_dim)
+    z = dist.sample(found, torch.Generator().manual_seed(0), (50,))
+    log_w = dist.log_prob(model.prior(h, u), z) - dist.log_prob(found, z)
+    return log_w + dist.log_prob(model.emission(z, u), x, mask)
+
+
+@pytest.mark.parametrize("proposal", [LocalEKF(), LocalEKF(iterations=1), LocalUKF()])
+@pytest.mark.parametrize("seen", [(True, True), (True, False), (False, True)])
+def test_linear_gaussian_models_get_the_optimal_proposal(proposal, seen) -> None:
+    """The weight is p(x_t | z_{t-1}), whatever was drawn."""
+    model = linear_model()
+    h = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.tensor([[[1.0, -0.5]], [[0.3, 2.0]], [[-1.0, 0.0]]]).double()
+    mask = torch.tensor(seen).expand(3, 1, 2)
+    u = Inputs(torch.zeros(3, 1, 0).double(), torch.tensor(1))
+    log_w = weights(model, proposal, h, x, mask, u)
+    f, load, q, r = (np.array(m) for m in (F, H, Q, R))
+    some = np.flatnonzero(seen)
+    cov = (load @ q @ load.T + r)[np.ix_(some, some)]
+    for n in range(3):
+        for k in range(5):
+            mean = (load @ f @ h[n, k].numpy())[some]
+            expected = stats.multivariate_normal(mean, cov).logpdf(x[n, 0].numpy()[some])
+            np.testing.assert_allclose(log_w[:, n, k], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("proposal", LOCAL)
+@pytest.mark.parametrize("n_particles", [4, 16, 64])
+def test_evidence_is_unbiased(proposal, n_particles) -> None:
+    model, y = linear_model(), gappy()
+    exact = model.log_prob(y).value[0]
+    options = SMCOptions(n_particles, proposal=proposal)
+    check_unbiased(evidence(model, y, options, 4_000 // n_particles) - exact)
+
+
+# ------------------------------------------------------------------------------ nonlinear models
+
+
+class Cubic(sq.StateSpaceModel):
+    """Seen through a curved scale, much more sharply than it can be predicted."""
+
+    latent_dim = 1
+    noise = 0.1
+
+    def initial(self, u):
+        return Normal(torch.zeros(1).double(), 1.0)
+
+    def transition(self, z, u):
+        return Normal(0.8 * z + 0.5 * torch.sin(z), 1.0)
+
+    def emission(self, z, u):
+        return Normal(z + 0.05 * z**3, self.noise)
+
+
+class Accumulator(Cubic):
+    """The same state as a memory, of which z is the shock; it starts at 0, beside a counter."""
+
+    def start(self, batch_shape):
+        return (torch.zeros(*batch_shape, 1).double(), torch.zeros(*batch_shape).double())
+
+    def prior(self, h, u):
+        return Normal(torch.zeros_like(h[0]), 1.0)
+
+    def absorb(self, h, z):
+        level, count = h
+        moved = 0.8 * level + 0.5 * torch.sin(level) + z
+        return moved, count + 1
+
+    def emission(self, s, u):
+        return super().emission(s[0], u)
+
+
+class HeavyCounts(Cubic):
+    """Counts with Student-t shocks of their log-rate."""
+
+    def transition(self, z, u):
+        return StudentT(5.0, 0.9 * z, 0.4)
+
+    def emission(self, z, u):
+        return Poisson(z.exp())
+
+
+class Growth(Cubic):
+    """Gordon, Salmond and Smith (1993): the sign of the state is not seen."""
+
+    def transition(self, z, u):
+        wave = 8 * torch.cos(1.2 * u.t.double())[..., None]
+        return Normal(z / 2 + 25 * z / (1 + z**2) + wave, 10**0.5)
+
+    def emission(self, z, u):
+        return Normal(z**2 / 20, 1.0)
+
+
+def grid_log_prob(model, y: np.ndarray, lowest=-30.0, highest=30.0, size=1201) -> float:
+    """Log-likelihood of a model of one state element by the rectangle rule."""
+    z = torch.linspace(lowest, highest, size, dtype=torch.float64)
+    width = (highest - lowest) / (size - 1)
+    density, total = None, 0.0
+    for t, x in enumerate(torch.from_numpy(y)):
+        u = Inputs(torch.zeros(0).double(), torch.tensor(t))
+        if density is None:
+            density = model.initial(u).log_prob(z[:, None])[:, 0].exp()
+        else:
+            step = model.transition(z[:, None, None], u).log_prob(z[None, :, None])[..., 0].exp()
+            density = density @ step * width
+        if not x.isnan():
+            density = density * model.emission(z[:, None], u).log_prob(x)[:, 0].exp()
+        scale = density.sum() * width
+        density = density / scale
+        total += float(scale.log())
+    return total
+
+
+CUBIC = np.array([0.3, 1.2, np.nan, -0.4, -2.5, 0.2])
+SINGLE = [LocalEKF(), LocalEKF(df=4.0), LocalUKF(inflation=1.3)]
+
+
+@pytest.mark.parametrize("proposal", SINGLE)
+@pytest.mark.parametrize(
+    ("model", "markov", "y"),
+    [
+        (Cubic(), Cubic(), CUBIC),
+        (Accumulator(), Cubic(), CUBIC),
+        (HeavyCounts(), HeavyCounts(), np.array([1.0, 0.0, np.nan, 3.0, 7.0, 2.0])),
+        (Growth(), Growth(), np.array([0.5, np.nan, 4.0, 9.0, 0.1])),
+    ],
+    ids=["cubic", "memory", "counts", "growth"],
+)
+def test_evidence_of_nonlinear_models_is_unbiased(model, markov, y, proposal) -> None:
+    exact = grid_log_prob(markov, y)
+    found = evidence(model, y[:, None], SMCOptions(50, proposal=proposal), 100, seed=1)
+    check_unbiased(found - exact)
+
+
+@pytest.mark.parametrize("model", [Cubic(), Accumulator()], ids=["markov", "memory"])
+@pytest.mark.parametrize("proposal", ["ekf", "ukf"])
+def test_informative_observations_need_fewer_particles(model, proposal) -> None:
+    y = Cubic().sample(10, seed=5).values[0]
+    blind = evidence(model, y, SMCOptions(50, proposal="bootstrap"), 100)
+    guided = evidence(model, y, SMCOptions(50, proposal=proposal), 100)
+    assert guided.var() < 0.2 * blind.var()
+
+
+def test_names() -> None:
+    model = linear_model()
+    assert make_proposal("ekf", model) == LocalEKF()
+    assert make_proposal("ukf", model) == LocalUKF()
+    assert make_proposal(LocalEKF(2), model) == LocalEKF(iterations=2)
+    y = gappy()
+    one = model.filter(y, method="particle", n_particles=20, seed=0, proposal="ekf")
+    two = model.filter(y, method="particle", n_particles=20, seed=0, proposal=LocalEKF())
+    assert np.array_equal(one.mean, two.mean)
+
+
+def proposed(model, proposal, h, x: float):
+    u = Inputs(torch.zeros(1, 1, 0).double(), torch.tensor(1))
+    x_t = torch.tensor([[[x]]]).double()
+    return proposal.propose(model, None, 1, h, u, x_t.nan_to_num(), ~x_t.isnan())
+
+
+@pytest.mark.parametrize("proposal", [LocalEKF(), LocalUKF(), LocalEKF(df=3.0)])
+def test_without_an_observation_the_proposal_is_the_prior(proposal) -> None:
+    found = proposed(HeavyCounts(), proposal, torch.zeros(1, 4, 1).double(), np.nan)
+    assert isinstance(found, StudentT)
+    assert found.df[0, 0, 0] == 5
+
+
+@pytest.mark.parametrize("proposal", [LocalEKF(), LocalUKF()])
+def test_volatility_gives_back_the_gaussian_of_the_prior(proposal) -> None:
+    """The mean of the observation does not move with the state."""
+
+    class Volatility(Cubic):
+        def emission(self, z, u):
+            return Normal(torch.zeros_like(z), (z / 2).exp())
+
+    h = torch.tensor([[[0.5], [-1.0]]]).double()
+    found = proposed(Volatility(), proposal, h, 2.0)
+    prior = Volatility().transition(h, None)
+    assert torch.allclose(found.mean, prior.mean, atol=1e-12)
+    assert torch.allclose(found.variance, prior.variance, atol=1e-12)
+
+
+@pytest.mark.parametrize("proposal", [LocalEKF(), LocalUKF()])
+def test_a_particle_out_of_range_draws_from_its_prior(proposal) -> None:
+    class Explosive(Cubic):
+        def emission(self, z, u):
+            return Normal((100 * z).exp(), 1.0)
+
+    h = torch.tensor([[[0.0], [50.0]]]).double()
+    found = proposed(Explosive(), proposal, h, 2.0)
+    prior = Explosive().transition(h, None)
+    assert torch.isfinite(found.mean).all()
+    assert found.mean[0, 1] == prior.mean[0, 1]
+    assert found.stddev[0, 1] == 1
+    assert found.stddev[0, 0] < 1
+
+
+def test_tails() -> None:
+    h = torch.zeros(1, 1, 1).double()
+    plain = proposed(Cubic(), LocalEKF(), h, 0.7)
+    wide = proposed(Cubic(), LocalEKF(inflation=4.0), h, 0.7)
+    heavy = proposed(Cubic(), LocalEKF(df=3.0), h, 0.7)
+    assert torch.allclose(wide.stddev, 2 * plain.stddev)
+    assert torch.equal(wide.mean, plain.mean)
+    assert isinstance(heavy, StudentT)
+    assert torch.equal(heavy.scale, plain.stddev)
+    with pytest.raises(ValueError, match="inflation"):
+        LocalEKF(inflation=0.0)
+    with pytest.raises(ValueError, match="df"):
+        LocalUKF(df=-1.0)
+    with pytest.raises(ValueError, match="iterations"):
+        LocalEKF(iterations=0)
+
+
+def test_heavy_tails_of_a_vector_are_student_t_along_the_root() -> None:
+    model, h = linear_model(), torch.zeros(1, 1, 2).double()
+    u = Inputs(torch.zeros(1, 1, 0).double(), torch.tensor(1))
+    x, mask = torch.ones(1, 1, 2).double(), torch.ones(1, 1, 2, dtype=torch.bool)
+    plain = LocalEKF().propose(model, None, 1, h, u, x, mask)
+    heavy = LocalEKF(df=3.0).propose(model, None, 1, h, u, x, mask)
+    z = torch.tensor([[[2.0, -1.0]]]).double()
+    root = plain.scale_tril[0, 0].numpy()
+    shock = np.linalg.solve(root, (z - plain.loc)[0, 0].numpy())
+    expected = stats.t(3).logpdf(shock).sum() - np.log(np.linalg.det(root))
+    assert dist.log_prob(heavy, z).item() == pytest.approx(expected, abs=1e-10)
+    drawn = dist.sample(heavy, torch.Generator().manual_seed(0), (20_000,))[:, 0, 0].numpy()
+    shocks = np.linalg.solve(root, (drawn - plain.loc[0, 0].numpy()).T)
+    for row in shocks:
+        assert stats.kstest(row, stats.t(3).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("proposal", ["ekf", "ukf"])
+@pytest.mark.parametrize("law", [lambda z: Gamma(2.0, z.exp()), lambda z: Bernoulli(logits=z)])
+def test_priors_that_a_gaussian_does_not_suit_are_refused(proposal, law) -> None:
+    class Odd(Cubic):
+        def transition(self, z, u):
+            return law(z)
+
+    with pytest.raises(ValueError, match="not a density over the whole space"):
+        Odd().filter(CUBIC, method="particle", n_particles=10, proposal=proposal, seed=0)
