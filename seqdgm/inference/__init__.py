@@ -30,6 +30,7 @@ LEARNERS = {
     "em": ("seqdgm.inference.em", "fit"),
     "gradient": ("seqdgm.inference.training", "fit"),
     "given": ("seqdgm.inference.given", "fit"),
+    "quasi-likelihood": ("seqdgm.inference.quasi_likelihood", "fit"),
 }
 
 
