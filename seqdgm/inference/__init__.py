@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ENGINES = {
     "kalman": "seqdgm.inference.kalman",
     "particle": "seqdgm.inference.particle",
+    "rao-blackwell": "seqdgm.inference.rao_blackwell",
     "variational": "seqdgm.inference.variational",
 }
 # What the verbs themselves pass to an engine.
