@@ -12,16 +12,16 @@ law of the observation; given its path everything else is exact. Moments are tho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqdgm.inference import kalman, particle, smc
+from seqdgm.inference.particle import FilterOptions
 from seqdgm.inference.resampling import gather
 from seqdgm.inference.smc import SMCOptions, Step
 from seqdgm.kernels.types import System
@@ -102,10 +102,11 @@ def filter(
     *,
     n_particles: int,
     generator: torch.Generator,
+    **options: Unpack[FilterOptions],
 ) -> States:
     """Filtering moments of the linear part, and of what the model reports of the drawn one."""
     collector = _Mixtures(model, batch)
-    out = smc.run(model, batch, SMCOptions(n_particles), generator, (collector,))
+    out = smc.run(model, batch, SMCOptions(n_particles, **options), generator, (collector,))
     ess = out.ess.masked_fill(~batch.valid, torch.nan)
     mean, cov = torch.stack(collector.mean, 1), torch.stack(collector.cov, 1)
     return States(mean, cov, out.increments.sum(1), ess=ess)
@@ -118,6 +119,7 @@ def smooth(
     n_particles: int,
     generator: torch.Generator,
     moves: int = 10,
+    **options: Unpack[FilterOptions],
 ) -> States:
     """Smoothing moments: paths of z drawn backwards, and a Kalman smoother along each.
 
@@ -131,6 +133,8 @@ def smooth(
         As every engine.
     moves : int
         Moves a step; with 0 the paths are those of the genealogy, few of which differ early on.
+    **options
+        See `seqdgm.inference.smc.SMCOptions`.
 
     Raises
     ------
@@ -144,7 +148,7 @@ def smooth(
     (2016), Rao-Blackwellized particle smoothers for conditionally linear Gaussian models, *IEEE
     Journal of Selected Topics in Signal Processing* 10, section III.
     """
-    paths, out = _paths(model, batch, n_particles, generator, moves)
+    paths, out = _paths(model, batch, n_particles, generator, moves, **options)
     moments = []
     for k, path in enumerate(paths):
         given = _given(model, batch, k, path)
@@ -157,7 +161,9 @@ def smooth(
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         drawn = []
-        for k, path in enumerate(_paths(model, batch, n_particles, generator, moves, n)[0]):
+        for k, path in enumerate(
+            _paths(model, batch, n_particles, generator, moves, n, **options)[0]
+        ):
             given = _given(model, batch, k, path)
             states = kalman.smooth(given.model, given.batch, n_particles=1, generator=generator)
             assert states.draw is not None
@@ -181,10 +187,11 @@ def impute(
     n_particles: int,
     generator: torch.Generator,
     moves: int = 10,
+    **options: Unpack[FilterOptions],
 ) -> Samples:
     """Observations, the missing ones drawn given all others; `moves` as in `smooth`."""
     drawn = []
-    for k, path in enumerate(_paths(model, batch, n_particles, generator, moves)[0]):
+    for k, path in enumerate(_paths(model, batch, n_particles, generator, moves, **options)[0]):
         given = _given(model, batch, k, path)
         filled = kalman.impute(given.model, given.batch, n_particles=1, generator=generator)
         drawn.append(filled.draw(1, generator)[:, 0])
@@ -198,12 +205,13 @@ def forecast(
     horizon: int,
     n_particles: int,
     generator: torch.Generator,
+    **options: Unpack[FilterOptions],
 ) -> Prediction:
     """Joint trajectories: paths of z run on past the end, and the linear part drawn given each."""
     ahead = batch.extend(horizon)
     first = int(batch.lengths.min())
     collector = _History(model, ahead, first)
-    out = smc.run(model, ahead, SMCOptions(n_particles), generator, (collector,))
+    out = smc.run(model, ahead, SMCOptions(n_particles, **options), generator, (collector,))
     final = torch.multinomial(out.log_weights.exp(), n_particles, True, generator=generator)
     lineage = collector.lineages(final)
     when = (batch.lengths - first)[:, None] + torch.arange(horizon, device=batch.x.device)
@@ -262,11 +270,12 @@ def _paths(
     generator: torch.Generator,
     moves: int,
     n: int | None = None,
+    **options: Unpack[FilterOptions],
 ) -> tuple[Float[Tensor, "series n time drawn"], smc.SMCResult]:
     """Paths of z given all data, and the run they come from."""
     n = n or min(n_particles, N_TRAJECTORIES)
     history = _History(model, batch)
-    out = smc.run(model, batch, SMCOptions(n_particles), generator, (history,))
+    out = smc.run(model, batch, SMCOptions(n_particles, **options), generator, (history,))
     final = torch.multinomial(out.log_weights.exp(), n, True, generator=generator)
     if moves:
         chosen = _backward(model, batch, history.steps, final, moves, generator)
@@ -339,22 +348,30 @@ def _backward(
     x = _unfilled(batch)
     chosen = [final]
     size = model.state_dim
-    info = Information(
-        x.new_zeros(*final.shape, size, size), x.new_zeros(*final.shape, size)
-    )
+    info = Information(x.new_zeros(*final.shape, size, size), x.new_zeros(*final.shape, size))
     for t in range(len(steps) - 1, 0, -1):
         z = gather(steps[t].z, chosen[-1])
         lin = model.linear(z)
         info = info.observed(lin, x[:, t, None]).carried(lin)
         before, u = steps[t - 1], batch.inputs_at(t, extra_axes=1)
 
-        def target(index: Tensor, z: Tensor = z, before: Measured = before, u: Inputs = u) -> Tensor:
-            now = [gather(leaf, index) for leaf in before[:3]]
-            law = dist.expand(model.transition(now[0], u), index.shape, z.shape[-1])
-            return dist.log_prob(law, z).double() + info.log_integral(now[1], now[2]).double()
-
+        target = partial(_log_target, model, u, before, z, info)
         chosen.append(_moved(target, before, _ancestors(steps[t], chosen[-1]), moves, generator))
     return chosen[::-1]
+
+
+def _log_target(
+    model: ConditionallyLinearSSM,
+    u: Inputs,
+    before: Measured,
+    z: Float[Tensor, "series n drawn"],
+    info: Information,
+    index: Int[Tensor, "series n"],
+) -> Float[Tensor, "series n"]:
+    """Density of the next z, and of the later data, given each path's particle; up to a constant."""
+    origin, mean, cov = (gather(leaf, index) for leaf in before[:3])
+    law = dist.expand(model.transition(origin, u), index.shape, z.shape[-1])
+    return dist.log_prob(law, z).double() + info.log_integral(mean, cov).double()
 
 
 def _moved(

@@ -60,7 +60,8 @@ class StochasticVolatility(StateSpaceModel):
     correlation of :math:`s(v_t)` and :math:`e_{t+1}`, and the log-variance stays a stationary
     autoregression. For Student-t errors s(v) is, up to a constant near 1, the mean of the Gaussian
     factor of v given v, which is what Omori et al. correlate with :math:`e_{t+1}`: the same
-    leverage without a second latent variable. The error of a missing return is drawn.
+    leverage without a second latent variable. The error of a missing return is integrated out, by a
+    draw where errors are Student-t.
 
     What is given in the constructor is held fixed by `fit`; the rest is learned. The parameters
     are shared by the series of a panel. The likelihood is estimated by particles.
@@ -149,6 +150,8 @@ class StochasticVolatility(StateSpaceModel):
             )
         self.distribution, self.leverage = distribution, bool(leverage)
         self.feedback = self.leverage
+        # Gaussian errors need not be drawn: what a missing one does to the next step is Gaussian.
+        self.fills_missing = distribution != "gaussian"
         given = (mean, mu, rho, sigma, df, correlation)
         self._given: dict[str, Any] = dict(zip(SCALARS, given, strict=True)) | {"beta": beta}
         _check_domain(self._given, distribution, self.leverage)
@@ -262,8 +265,13 @@ class StochasticVolatility(StateSpaceModel):
         v = (x - s.location) * (-0.5 * s.z).exp()
         if self.df is not None:
             v = v * ((self.df + 1) / (self.df + v**2)).sqrt()
-        mean = self.mu + self.rho * (s.z - self.mu) + self.sigma * self.correlation * v
-        return NextVolatility(mean, self.sigma * (1 - self.correlation**2).sqrt(), location)
+        mean = self.mu + self.rho * (s.z - self.mu)
+        scale = self.sigma * (1 - self.correlation**2).sqrt()
+        # Without the return, e is the standard normal variable that it is by itself.
+        missing = x.isnan()
+        mean = torch.where(missing, mean, mean + self.sigma * self.correlation * v)
+        scale = torch.where(missing, self.sigma, scale)
+        return NextVolatility(mean, scale, location.expand(mean.shape))
 
     def prior(self, h: Any, u: Inputs) -> Distribution:
         """Law of the log-variance given the memory."""

@@ -158,7 +158,8 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
     def linear(self, z: Float[Tensor, "*batch one"]) -> Linear:
         """Matrices of the regimes."""
         k = z[..., 0].long()
-        return Linear(*(_pick(field, k, axes) for field, axes in zip(self._all(), AXES, strict=True)))
+        fields = zip(self._all(), AXES, strict=True)
+        return Linear(*(_pick(field, k, axes) for field, axes in fields))
 
     def linear_start(
         self, z: Float[Tensor, "*batch one"]
