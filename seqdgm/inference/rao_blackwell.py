@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
@@ -217,12 +218,17 @@ def forecast(
     when = (batch.lengths - first)[:, None] + torch.arange(horizon, device=batch.x.device)
     pairs = list(zip(collector.steps, lineage, strict=True))
     z, mean, cov = (
-        _select(torch.stack([gather(step[j], index) for step, index in pairs], 2), when)
-        for j in range(3)
+        _select(torch.stack(path, 2), when)
+        for path in (
+            [gather(step.z, index) for step, index in pairs],
+            [gather(step.mean, index) for step, index in pairs],
+            [gather(step.cov, index) for step, index in pairs],
+        )
     )
     even = mean.new_full(mean.shape[:2], 1 / n_particles)
     value = torch.cat([mean, model.indicators(z)], -1)
     moments = [mixture(value[:, :, t], cov[:, :, t], even) for t in range(horizon)]
+    total_mean, total_cov = (torch.stack(m, 1) for m in zip(*moments, strict=True))
     paths = z.flatten(0, 1)
     system = model.conditional_system(paths)._replace(
         m0=mean[:, :, 0].flatten(0, 1), P0=cov[:, :, 0].flatten(0, 1)
@@ -235,8 +241,8 @@ def forecast(
     def draw(n: int, generator: torch.Generator) -> Tensor:
         return joint[:, torch.randint(n_particles, (n,), generator=generator)]
 
-    states = States(*(torch.stack(m, 1) for m in zip(*moments, strict=True)), log_likelihood)
-    return Prediction(Samples(x[:, 0].unflatten(0, z.shape[:2])), states._replace(draw=draw))
+    states = States(total_mean, total_cov, log_likelihood, draw=draw)
+    return Prediction(Samples(x[:, 0].unflatten(0, z.shape[:2])), states)
 
 
 @dataclass(frozen=True)
@@ -354,7 +360,6 @@ def _backward(
         lin = model.linear(z)
         info = info.observed(lin, x[:, t, None]).carried(lin)
         before, u = steps[t - 1], batch.inputs_at(t, extra_axes=1)
-
         target = partial(_log_target, model, u, before, z, info)
         chosen.append(_moved(target, before, _ancestors(steps[t], chosen[-1]), moves, generator))
     return chosen[::-1]
@@ -368,7 +373,7 @@ def _log_target(
     info: Information,
     index: Int[Tensor, "series n"],
 ) -> Float[Tensor, "series n"]:
-    """Density of the next z, and of the later data, given each path's particle; up to a constant."""
+    """Density of the next z and of later data given each path's particle, up to a constant."""
     origin, mean, cov = (gather(leaf, index) for leaf in before[:3])
     law = dist.expand(model.transition(origin, u), index.shape, z.shape[-1])
     return dist.log_prob(law, z).double() + info.log_integral(mean, cov).double()

@@ -238,7 +238,7 @@ class StochasticVolatility(StateSpaceModel):
     def initial(self, u: Inputs) -> Distribution:
         """Stationary law of the log-variance."""
         scale = self.sigma / (1 - self.rho**2).sqrt()
-        return Normal(*_vectors(self.mu, scale), validate_args=False)
+        return Normal(self.mu, scale, validate_args=False)
 
     def transition(self, z: Float[Tensor, "*batch one"], u: Inputs) -> Distribution:
         """Log-variance of the next step, without leverage."""
@@ -276,7 +276,7 @@ class StochasticVolatility(StateSpaceModel):
     def prior(self, h: Any, u: Inputs) -> Distribution:
         """Law of the log-variance given the memory."""
         if isinstance(h, NextVolatility):
-            return Normal(*_vectors(h.mean, h.scale), validate_args=False)
+            return Normal(h.mean, h.scale, validate_args=False)
         return self.initial(u) if h is None else self.transition(h, u)
 
     def absorb(self, h: Any, z: Tensor | None) -> Any:
@@ -316,11 +316,6 @@ class StochasticVolatility(StateSpaceModel):
                 self.mean.copy_(found[0])
             if free_beta and self.beta is not None:
                 self.beta.copy_(found[int(free_mean) :])
-
-
-def _vectors(*values: Tensor) -> tuple[Tensor, ...]:
-    """The same numbers with at least the axis of the vector."""
-    return tuple(value[None] if value.ndim == 0 else value for value in values)
 
 
 def _check_domain(given: Mapping[str, Any], distribution: str, leverage: bool) -> None:

@@ -81,6 +81,17 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
 
     latent_dim = 1
 
+    Pi_: Tensor
+    p0_: Tensor
+    F_: Tensor
+    H_: Tensor
+    Q_: Tensor
+    R_: Tensor
+    m0_: Tensor
+    P0_: Tensor
+    b_: Tensor
+    d_: Tensor
+
     def __init__(
         self,
         Pi: Any,
