@@ -8,6 +8,8 @@ import torch
 from torch.distributions import Normal
 
 import seqdgm as sq
+from seqdgm.models.stochastic_volatility import StochasticVolatility
+from seqdgm.models.switching import SwitchingLinearSSM
 from seqdgm.testing import CHECKS, check_model
 
 SMALL = {"max_epochs": 3, "patience": 2}
@@ -38,6 +40,23 @@ def two_columns() -> np.ndarray:
     return np.stack([level + rng.normal(size=40), 10 - level + rng.normal(size=40)], 1)
 
 
+def returns() -> np.ndarray:
+    return StochasticVolatility(mu=-1.0, rho=0.9, sigma=0.4).sample(60, seed=1).values[0]
+
+
+def switching() -> SwitchingLinearSSM:
+    """A level that steps calmly or wildly, seen by two columns."""
+    return SwitchingLinearSSM(
+        Pi=[[0.9, 0.1], [0.3, 0.7]],
+        F=[[1.0]],
+        H=[[1.0], [-1.0]],
+        Q=[[[0.5]], [[4.0]]],
+        R=[[1.0, 0.2], [0.2, 2.0]],
+        P0=[[100.0]],
+        d=[0.0, 10.0],
+    )
+
+
 MODELS = {
     "seasonal naive": (sq.SeasonalNaive(12), None),
     "random walk": (sq.SeasonalNaive(1, transform="log"), None),
@@ -58,6 +77,19 @@ MODELS = {
     "dmm in logs": (sq.DMM(2, 6, 6, transform="log", scale="mean", **SMALL), None),
     "dmm on counts": (sq.DMM(2, 6, 6, emission="negbinomial", **SMALL), counts()),
     "dmm on two columns": (sq.DMM(2, 6, 6, emission="studentt", **SMALL), two_columns()),
+    "stochastic volatility": (StochasticVolatility(mu=-1.0, rho=0.9, sigma=0.4), returns()),
+    "learned volatility": (StochasticVolatility("studentt", mean=None), returns()),
+    "volatility with leverage": (
+        StochasticVolatility(leverage=True, mu=-1.0, rho=0.9, sigma=0.4, correlation=-0.5),
+        returns(),
+    ),
+    "heavy-tailed volatility with leverage": (
+        StochasticVolatility(
+            "studentt", True, mu=-1.0, rho=0.9, sigma=0.4, df=6.0, correlation=-0.5
+        ),
+        returns(),
+    ),
+    "switching level": (switching(), two_columns()),
     "a user's model": (NoisyLevel(), None),
 }
 

@@ -22,6 +22,7 @@ ENGINES = {
     "ekf": "seqdgm.inference.ekf",
     "ukf": "seqdgm.inference.ukf",
     "particle": "seqdgm.inference.particle",
+    "rao-blackwell": "seqdgm.inference.rao_blackwell",
     "variational": "seqdgm.inference.variational",
 }
 # What the verbs themselves pass to an engine.
@@ -32,6 +33,7 @@ LEARNERS = {
     "em": ("seqdgm.inference.em", "fit"),
     "gradient": ("seqdgm.inference.training", "fit"),
     "given": ("seqdgm.inference.given", "fit"),
+    "quasi-likelihood": ("seqdgm.inference.quasi_likelihood", "fit"),
 }
 
 
