@@ -38,7 +38,6 @@ from torch import Tensor
 
 from seqdgm.inference.proposals import Proposal, make_proposal
 from seqdgm.inference.resampling import (
-    AdaptiveResampler,
     Resampled,
     Resampler,
     adaptive,
@@ -46,6 +45,7 @@ from seqdgm.inference.resampling import (
     find_resampler,
     gather,
     normalise,
+    resample_from,
 )
 from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Inputs, tree_map
@@ -200,7 +200,7 @@ class _Plan(NamedTuple):
     model: StateSpaceModel
     options: SMCOptions
     shape: tuple[int, int]
-    resample: AdaptiveResampler
+    resampler: Resampler
     proposal: Proposal | None
     context: Any
     generator: torch.Generator
@@ -294,7 +294,7 @@ def _make_plan(
         model,
         options,
         (batch.n_series, options.n_particles),
-        adaptive(resampler, options.threshold),
+        resampler,
         proposal,
         None if proposal is None else proposal.begin(model, batch),
         generator,
@@ -312,13 +312,13 @@ def _resample(
         log_eta = _lookahead(plan, h, now)
         chances = normalise(chances + log_eta)[0]
         ess = effective_sample_size(chances)
-    done = plan.resample(chances, ess, plan.generator)
+    resampler, reference = plan.resampler, plan.options.reference
+    if reference is not None and reference.ancestor_sampling:
+        resampler = _renewing(plan, cloud, h, t, now)
+    done = adaptive(resampler, plan.options.threshold)(chances, ess, plan.generator)
     if done is None:
         return h, None
     drawn, needed = done
-    reference = plan.options.reference
-    if reference is not None and reference.ancestor_sampling:
-        drawn = _redraw_reference(plan, cloud, h, t, now, drawn, needed)
     ancestors = drawn.ancestors
     log_weights = drawn.log_weights
     if log_eta is not None:
@@ -354,30 +354,30 @@ def _lookahead(plan: _Plan, h: Any, now: _Facts) -> Float[Tensor, "series partic
     return torch.where(now.mask.any(-1), torch.maximum(log_eta, floor), 0.0)
 
 
-def _redraw_reference(
-    plan: _Plan,
-    cloud: _Cloud,
-    h: Any,
-    t: int,
-    now: _Facts,
-    drawn: Resampled,
-    needed: Bool[Tensor, "series"],
-) -> Resampled:
-    """Draw the ancestor of particle 0 with probabilities W_{t-1} f(z'_t | h_t)."""
+def _renewing(plan: _Plan, cloud: _Cloud, h: Any, t: int, now: _Facts) -> Resampler:
+    """Conditional resampling after a draw of the reference's ancestor from W_{t-1} f(z'_t | h_t).
+
+    The ancestor comes first: the others' depend on it in every scheme but the multinomial.
+    """
     reference = plan.options.reference
     assert reference is not None
-    prior = plan.model.prior(h, now.u)
-    assert prior is not None
     target = reference.z[:, t, None].expand(*plan.shape, plan.model.latent_dim)
-    log_w = cloud.log_weights + dist.log_prob(prior, target).double()
-    log_w, total = normalise(log_w)
-    # A reference that no particle could have come from keeps its own ancestor.
-    safe = torch.where(torch.isfinite(total)[:, None], log_w.exp(), 1.0)
-    pick = torch.multinomial(safe, 1, generator=plan.generator)[:, 0]
-    keep = ~(needed & torch.isfinite(total) & now.inside)
-    ancestors = drawn.ancestors.clone()
-    ancestors[:, 0] = torch.where(keep, ancestors[:, 0], pick)
-    return drawn._replace(ancestors=ancestors)
+
+    def resampler(
+        chances: Float[Tensor, "series particle"], generator: torch.Generator
+    ) -> Resampled:
+        prior = plan.model.prior(h, now.u)
+        assert prior is not None
+        log_w, total = normalise(cloud.log_weights + dist.log_prob(prior, target).double())
+        # A reference that no particle could have come from keeps its own ancestor.
+        possible = torch.isfinite(total) & now.inside
+        safe = torch.where(possible[:, None], log_w.exp(), 1.0)
+        pick = torch.multinomial(safe, 1, generator=generator)
+        return resample_from(
+            plan.resampler, chances, pick.masked_fill(~possible[:, None], 0), generator
+        )
+
+    return resampler
 
 
 def _move(
