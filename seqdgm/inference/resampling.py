@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -27,13 +27,25 @@ class Resampled(NamedTuple):
     ancestors : Tensor of int64, shape (series, particle)
     log_weights : Tensor of shape (series, particle)
         After resampling; ``-log N`` for the standard schemes.
+    transport : Tensor of shape (series, particle, particle), optional
+        Row i holds the shares of the old particles in the new particle i, which is their mean. The
+        ancestors are then draws from the rows, for what cannot be averaged.
     """
 
     ancestors: Int[Tensor, "series particle"]
     log_weights: Float[Tensor, "series particle"]
+    transport: Float[Tensor, "series particle particle"] | None = None
 
 
 Resampler = Callable[[Float[Tensor, "series particle"], torch.Generator], Resampled]
+
+
+@runtime_checkable
+class MemoryResampler(Protocol):
+    """Resampling that looks at what the particles remember, not only at their weights."""
+
+    def bind(self, h: Any) -> Resampler:
+        """The resampler of particles with memories `h`, a tree with axes (series, particle)."""
 
 
 def normalise(
@@ -85,7 +97,9 @@ def multinomial(
     return _equal(log_weights, _ancestors("multinomial", log_weights, generator))
 
 
-def residual(log_weights: Float[Tensor, "series particle"], generator: torch.Generator) -> Resampled:
+def residual(
+    log_weights: Float[Tensor, "series particle"], generator: torch.Generator
+) -> Resampled:
     r"""Residual resampling: :math:`\lfloor N W_k \rfloor` copies, the rest drawn.
 
     References
@@ -288,7 +302,9 @@ CONDITIONAL: dict[str, Resampler] = {
 }
 
 
-def find_resampler(spec: str | Resampler, *, conditional: bool = False) -> Resampler:
+def find_resampler(
+    spec: str | Resampler | MemoryResampler, *, conditional: bool = False
+) -> Resampler | MemoryResampler:
     """The resampler of a name, or the one given.
 
     Raises
@@ -336,9 +352,13 @@ def adaptive(resampler: Resampler, threshold: float) -> AdaptiveResampler:
         drawn = resampler(log_weights, generator)
         if some < len(needed):
             identity = torch.arange(count, device=log_weights.device)
+            rows, transport = needed[:, None], drawn.transport
+            if transport is not None:
+                transport = torch.where(rows[..., None], transport, torch.eye(count).to(transport))
             drawn = Resampled(
-                torch.where(needed[:, None], drawn.ancestors, identity),
-                torch.where(needed[:, None], drawn.log_weights, log_weights),
+                torch.where(rows, drawn.ancestors, identity),
+                torch.where(rows, drawn.log_weights, log_weights),
+                transport,
             )
         return drawn, needed
 
@@ -359,6 +379,14 @@ def gather(x: Tensor, ancestors: Int[Tensor, "series particle"]) -> Tensor:
         return x[0].index_select(0, ancestors[0])[None]
     series = torch.arange(len(x), device=x.device)[:, None]
     return x[series, ancestors]
+
+
+def inherit(drawn: Resampled, x: Tensor) -> Tensor:
+    """What the new particles hold of a tensor (series, particle, ...) of the old ones."""
+    if drawn.transport is None or not x.is_floating_point():
+        return gather(x, drawn.ancestors)
+    moved = drawn.transport @ x.flatten(2).to(drawn.transport.dtype)
+    return moved.reshape(x.shape).to(x.dtype)
 
 
 def _equal(log_weights: Tensor, ancestors: Int[Tensor, "series particle"]) -> Resampled:
