@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -38,15 +39,16 @@ from torch import Tensor
 
 from seqdgm.inference.proposals import Proposal, make_proposal
 from seqdgm.inference.resampling import (
-    AdaptiveResampler,
-    Resampled,
+    MemoryResampler,
     Resampler,
     adaptive,
     effective_sample_size,
     find_resampler,
     gather,
+    inherit,
     normalise,
 )
+from seqdgm.inference.steps import lookahead, propose, renewing
 from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Inputs, tree_map
 
@@ -55,6 +57,22 @@ if TYPE_CHECKING:
 
 # log eta(h_t, x_t) of every particle, (series, particle); u, x and the mask as in `Proposal`.
 Lookahead = Callable[["StateSpaceModel", Any, Inputs, Tensor, Tensor], Tensor]
+
+
+class Weigh(Protocol):
+    """How particles meet an observation where it is not by the emission's density."""
+
+    def __call__(
+        self,
+        model: StateSpaceModel,
+        s: Any,
+        u: Inputs,
+        x: Float[Tensor, "series one dim"],
+        mask: Bool[Tensor, "series one dim"],
+        log_weights: Float[Tensor, "series particle"],
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "series particle"], Float[Tensor, "series particle dim"]]:
+        """Logarithms of factors of the weights, and draws for what is missing of x."""
 
 
 class Step(NamedTuple):
@@ -128,15 +146,22 @@ class SMCOptions:
         Auxiliary filter: ``"mean"`` takes the model's `lookahead`, or the emission's density at the
         mean of the prior.
     reference : Reference, optional
+    weigh : Weigh, optional
+        In place of the emission's density.
+    differentiable : bool
+        Keep gradients; see `seqdgm.inference.differentiable`. Draws are reparameterised; those that
+        have no such form enter by the score of their density.
     """
 
     n_particles: int = 1000
-    resampler: str | Resampler = "systematic"
+    resampler: str | Resampler | MemoryResampler = "systematic"
     threshold: float = 0.5
     draw_observations: bool = False
     proposal: str | Proposal = "auto"
     lookahead: Literal["mean"] | Lookahead | None = None
     reference: Reference | None = None
+    weigh: Weigh | None = None
+    differentiable: bool = False
 
 
 class SMCResult(NamedTuple):
@@ -200,7 +225,7 @@ class _Plan(NamedTuple):
     model: StateSpaceModel
     options: SMCOptions
     shape: tuple[int, int]
-    resample: AdaptiveResampler
+    resampler: Resampler | MemoryResampler
     proposal: Proposal | None
     context: Any
     generator: torch.Generator
@@ -219,7 +244,6 @@ class _Cloud:
     ess: list[Tensor] = field(default_factory=list)
 
 
-@torch.no_grad()
 def run(
     model: StateSpaceModel,
     batch: Batch,
@@ -235,6 +259,17 @@ def run(
         If every particle of a series has weight zero, or a weight is not a number: the series and
         the step are named. If the options do not fit the model.
     """
+    with torch.set_grad_enabled(options.differentiable):
+        return _run(model, batch, options, generator, collectors)
+
+
+def _run(
+    model: StateSpaceModel,
+    batch: Batch,
+    options: SMCOptions,
+    generator: torch.Generator,
+    collectors: tuple[Collector, ...],
+) -> SMCResult:
     plan = _make_plan(model, batch, options, generator)
     n, count = plan.shape
     device = batch.x.device
@@ -251,7 +286,7 @@ def run(
             h = model.advance(cloud.s, fed, now.u)
             h, ancestors = _resample(plan, cloud, h, t, now) if t else (h, None)
             z, x = _move(plan, cloud, h, t, now)
-        _check(cloud.increments[-1], batch, t)
+        _check(cloud.increments[-1].detach(), batch, t)
         for collector in collectors:
             collector.update(Step(t, h, z, cloud.s, x, cloud.log_weights, ancestors, now.inside))
     return SMCResult(
@@ -268,6 +303,11 @@ def _make_plan(
 ) -> _Plan:
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"threshold={options.threshold!r} must lie between 0 and 1")
+    moving = isinstance(options.resampler, MemoryResampler)
+    if moving and (options.lookahead is not None or options.reference is not None):
+        raise ValueError(
+            "a resampler that moves particles takes neither a look-ahead nor a reference trajectory"
+        )
     if options.lookahead not in (None, "mean") and not callable(options.lookahead):
         raise ValueError(f"lookahead={options.lookahead!r} must be None, 'mean' or a function")
     reference = options.reference
@@ -288,13 +328,15 @@ def _make_plan(
                 f"{type(model).__name__} feeds observations back, and some are missing: a "
                 "reference trajectory does not hold them; impute them first"
             )
+    if reference is not None and options.differentiable:
+        raise ValueError("the conditional filter has no gradient; use differentiable=False")
     resampler = find_resampler(options.resampler, conditional=reference is not None)
     proposal = make_proposal(options.proposal, model) if model.latent_dim else None
     return _Plan(
         model,
         options,
         (batch.n_series, options.n_particles),
-        adaptive(resampler, options.threshold),
+        resampler,
         proposal,
         None if proposal is None else proposal.begin(model, batch),
         generator,
@@ -309,16 +351,20 @@ def _resample(
         return h, None
     chances, ess, log_eta = cloud.log_weights, cloud.ess[-1], None
     if plan.options.lookahead is not None and now.seen:
-        log_eta = _lookahead(plan, h, now)
+        log_eta = lookahead(plan, h, now)
         chances = normalise(chances + log_eta)[0]
         ess = effective_sample_size(chances)
-    done = plan.resample(chances, ess, plan.generator)
+    resampler, reference = plan.resampler, plan.options.reference
+    if isinstance(resampler, MemoryResampler):
+        resampler = resampler.bind(h)
+    elif reference is not None and reference.ancestor_sampling:
+        resampler = renewing(
+            plan.model, resampler, reference.z[:, t, None], cloud.log_weights, h, now
+        )
+    done = adaptive(resampler, plan.options.threshold)(chances, ess, plan.generator)
     if done is None:
         return h, None
     drawn, needed = done
-    reference = plan.options.reference
-    if reference is not None and reference.ancestor_sampling:
-        drawn = _redraw_reference(plan, cloud, h, t, now, drawn, needed)
     ancestors = drawn.ancestors
     log_weights = drawn.log_weights
     if log_eta is not None:
@@ -328,125 +374,56 @@ def _resample(
     cloud.log_weights = log_weights
     cloud.eve = gather(cloud.eve, ancestors)
     cloud.resamplings = cloud.resamplings + needed
-    return tree_map(lambda leaf: gather(leaf, ancestors), h), ancestors
-
-
-def _lookahead(plan: _Plan, h: Any, now: _Facts) -> Float[Tensor, "series particle"]:
-    """log eta(h_t, x_t); zero where nothing is observed."""
-    rule, model = plan.options.lookahead, plan.model
-    log_eta = None
-    if callable(rule):
-        log_eta = rule(model, h, now.u, now.x, now.mask)
-    elif rule == "mean":
-        log_eta = model.lookahead(h, now.x, now.mask, now.u)
-    if log_eta is None:
-        prior = model.prior(h, now.u)
-        if prior is None:
-            return h.new_zeros(plan.shape)
-        mean = dist.expand(prior, plan.shape, model.latent_dim).mean
-        emission = model.emission(model.absorb(h, mean), now.u)
-        shape = (*plan.shape, now.x.shape[-1])
-        x, mask = now.x.expand(shape), now.mask.expand(shape)
-        log_eta = dist.log_prob(emission, x, None if now.complete else mask)
-    log_eta = log_eta.double().expand(plan.shape)
-    # A particle that looks impossible may still move to where the observation is possible.
-    floor = log_eta.max(1, keepdim=True).values - 50.0
-    return torch.where(now.mask.any(-1), torch.maximum(log_eta, floor), 0.0)
-
-
-def _redraw_reference(
-    plan: _Plan,
-    cloud: _Cloud,
-    h: Any,
-    t: int,
-    now: _Facts,
-    drawn: Resampled,
-    needed: Bool[Tensor, "series"],
-) -> Resampled:
-    """Draw the ancestor of particle 0 with probabilities W_{t-1} f(z'_t | h_t)."""
-    reference = plan.options.reference
-    assert reference is not None
-    prior = plan.model.prior(h, now.u)
-    assert prior is not None
-    target = reference.z[:, t, None].expand(*plan.shape, plan.model.latent_dim)
-    log_w = cloud.log_weights + dist.log_prob(prior, target).double()
-    log_w, total = normalise(log_w)
-    # A reference that no particle could have come from keeps its own ancestor.
-    safe = torch.where(torch.isfinite(total)[:, None], log_w.exp(), 1.0)
-    pick = torch.multinomial(safe, 1, generator=plan.generator)[:, 0]
-    keep = ~(needed & torch.isfinite(total) & now.inside)
-    ancestors = drawn.ancestors.clone()
-    ancestors[:, 0] = torch.where(keep, ancestors[:, 0], pick)
-    return drawn._replace(ancestors=ancestors)
+    return tree_map(partial(inherit, drawn), h), ancestors
 
 
 def _move(
     plan: _Plan, cloud: _Cloud, h: Any, t: int, now: _Facts
 ) -> tuple[Tensor | None, Tensor | None]:
     """Draw all particles of one step and weigh them."""
-    model, options = plan.model, plan.options
-    z, log_ratio = _propose(plan, h, t, now)
+    model = plan.model
+    z, log_ratio = propose(plan, h, t, now)
     cloud.s = model.absorb(h, z)
-    emission = model.emission(cloud.s, now.u)
-    shape = (*plan.shape, now.x.shape[-1])
+    log_g, filled = _observe(plan, cloud, now)
     log_w = cloud.log_weights
-    if now.seen or log_ratio is not None:
-        if now.seen:
-            unsure = None if now.complete else now.mask.expand(shape)
-            log_g = dist.log_prob(emission, now.x.expand(shape), unsure)
-            log_w = log_w + (log_g if log_ratio is None else log_g.double() + log_ratio.double())
-        elif log_ratio is not None:
-            log_w = log_w + log_ratio.double()
-        log_w, increment = normalise(log_w)
+    parts = [part.double() for part in (log_g, log_ratio) if part is not None]
+    if parts:
+        log_w, increment = normalise(log_w + sum(parts))
     else:
         increment = log_w.new_zeros(len(log_w))
     cloud.log_weights = log_w
     cloud.increments.append(increment)
-    cloud.ess.append(effective_sample_size(log_w))
-    filled = None
-    if model.feedback or options.draw_observations:
-        filled = now.x.expand(shape)
-        if not now.complete:
-            mask = now.mask.expand(shape)
-            if options.draw_observations or model.fills_missing:
-                wide = dist.expand(emission, plan.shape, shape[2])
-                filled = dist.fill_missing(wide, filled, mask, plan.generator)
-            else:
-                filled = torch.where(mask, filled, torch.nan)
+    cloud.ess.append(effective_sample_size(log_w.detach()))
     if model.feedback:
         cloud.x = filled
     return z, filled
 
 
-def _propose(plan: _Plan, h: Any, t: int, now: _Facts) -> tuple[Tensor | None, Tensor | None]:
-    """Draw z and return it with log f - log q (None where z comes from the prior)."""
-    model, proposal, generator = plan.model, plan.proposal, plan.generator
-    prior = model.prior(h, now.u)
-    if prior is None:
-        return None, None
-    prior = dist.expand(prior, plan.shape, model.latent_dim)
-    if proposal is None or not now.any_inside:
-        return _follow(plan, dist.sample(prior, generator), t, now), None
-    found = proposal.propose(model, plan.context, t, h, now.u, now.x, now.mask)
-    found = dist.expand(found, plan.shape, model.latent_dim)
-    z = dist.sample(found, generator)
-    inside = now.inside[:, None]
-    if not now.all_inside:
-        # Beyond the end of a series nothing was observed: the future comes from the prior.
-        z = torch.where(inside[..., None], z, dist.sample(prior, generator))
-    z = _follow(plan, z, t, now)
-    ratio = dist.log_prob(prior, z) - dist.log_prob(found, z)
-    return z, torch.where(inside, ratio, 0.0)
-
-
-def _follow(
-    plan: _Plan, z: Float[Tensor, "series particle state"], t: int, now: _Facts
-) -> Float[Tensor, "series particle state"]:
-    """Put particle 0 on the reference trajectory, if there is one."""
-    reference = plan.options.reference
-    if reference is not None:
-        z[:, 0] = torch.where(now.inside[:, None], reference.z[:, t].to(z), z[:, 0])
-    return z
+def _observe(plan: _Plan, cloud: _Cloud, now: _Facts) -> tuple[Tensor | None, Tensor | None]:
+    """log g, and x with its missing elements drawn; None where not needed."""
+    model, options = plan.model, plan.options
+    filling = model.feedback or options.draw_observations
+    drawing = options.draw_observations or model.fills_missing
+    shape = (*plan.shape, now.x.shape[-1])
+    x, mask = now.x.expand(shape), now.mask.expand(shape)
+    if options.weigh is not None:
+        if not (now.seen or filling):
+            return None, None
+        log_g, drawn = options.weigh(
+            model, cloud.s, now.u, now.x, now.mask, cloud.log_weights, plan.generator
+        )
+        filled = torch.where(mask, x, drawn if drawing else torch.nan)
+        return log_g if now.seen else None, filled
+    emission = model.emission(cloud.s, now.u)
+    seen = dist.log_prob(emission, x, None if now.complete else mask) if now.seen else None
+    if not filling:
+        return seen, None
+    if now.complete:
+        return seen, x
+    if not drawing:
+        return seen, torch.where(mask, x, torch.nan)
+    wide = dist.expand(emission, plan.shape, shape[2])
+    return seen, dist.fill_missing(wide, x, mask, plan.generator, options.differentiable)
 
 
 @contextmanager
@@ -476,7 +453,7 @@ def _evidence_stderr(cloud: _Cloud) -> Float[Tensor, "series"]:
     n, count = cloud.eve.shape
     if count == 1:
         return cloud.log_weights.new_full((n,), torch.inf)
-    weights = cloud.log_weights.exp()
+    weights = cloud.log_weights.detach().exp()
     families = torch.zeros_like(weights).scatter_add_(1, cloud.eve, weights)
     growth = (count / (count - 1.0)) ** (cloud.resamplings + 1).double()
     relative = 1.0 - growth * (1.0 - families.square().sum(1))
