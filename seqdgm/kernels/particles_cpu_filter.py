@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqdgm.kernels.cpu_steps import glue
 from seqdgm.kernels.particles_cpu_math import (
     called,
     exp,
-    inline,
     log,
     normals,
     top,
@@ -148,7 +148,7 @@ def _find_blocks(cloud: Cloud) -> None:
 # ---------------------------------------------------------------- moving and weighing
 
 
-@inline
+@glue
 def _at(field: np.ndarray, s: int, t: int) -> np.ndarray:
     return field[s if len(field) > 1 else 0, t if field.shape[1] > 1 else 0]
 
