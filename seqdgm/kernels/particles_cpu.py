@@ -37,6 +37,7 @@ from seqdgm.kernels.particles_cpu_filter import (
     MOVE,
     PLACE,
     RESAMPLE,
+    WHOLE,
     Cloud,
     Model,
     Output,
@@ -206,7 +207,7 @@ def _bootstrap(
 
         def run(start: int, stop: int) -> None:
             memory = (make_cloud(count, state), make_scratch(state))
-            loop(model, ends, *memory, key, threshold, output, start, stop)
+            loop(WHOLE, model, *memory, key, threshold, output, 0, ends, 0, start, stop)
 
         spread(run, n, steps * count * _WORK)
     results = [torch.from_numpy(array) for array in output]
@@ -222,7 +223,7 @@ def _share(
     output: Output,
 ) -> None:
     """Filter few series of many particles, with all threads at one series."""
-    count, facts, loop = len(cloud.log_weights), cloud.facts, _compiled("parts")
+    count, facts, loop = len(cloud.log_weights), cloud.facts, _compiled("filter")
     threads = torch.get_num_threads()
     scratches = [make_scratch(cloud.z.shape[1]) for _ in range(threads)]
     blocks = -(-count // BLOCK)
@@ -232,7 +233,8 @@ def _share(
 
         def do(part: int, s: int, t: int) -> None:
             def run(scratch: Scratch, start: int, stop: int) -> None:
-                loop(part, model, cloud, scratch, key, threshold, output, s, t, start, stop)
+                data = (model, cloud, scratch, key, threshold, output)
+                loop(part, *data, s, lengths, t, start, stop)
 
             if part in (ADD_UP, PLACE, MOVE):
                 list(pool.map(run, scratches, edges[:-1], edges[1:]))
@@ -263,7 +265,6 @@ def _compiled(name: str) -> Callable[..., None]:
         "gather": particles_cpu_resample.bind_gather,
         "pick": particles_cpu_resample.bind_pick,
         "filter": particles_cpu_filter.bind_filter,
-        "parts": particles_cpu_filter.bind_parts,
     }[name]
     sources = (philox, particles_types, particles_cpu_math, particles_cpu_resample)
     return compiled(bind(digest(*sources, particles_cpu_filter)))

@@ -43,7 +43,9 @@ _LOG_2PI = math.log(2.0 * math.pi)
 BASE, ESS, HALF, EVE, RESAMPLINGS, RESAMPLE, RENEWED, TOTAL, FAILED = range(9)
 N_FACTS = 9
 TOP, SUM, SQUARES = range(3)  # of a block, before the moments of each element
-ADD_UP, PLACE, MOVE, BEGIN, FIND, FINISH, END = range(7)  # parts of a step, the first three passes
+# Parts of the filter; the first three are passes over the blocks.
+ADD_UP, PLACE, MOVE, BEGIN, FIND, FINISH, END, WHOLE = range(8)
+_ZERO = np.int64(0)  # a number that is no constant, for which a function would be compiled anew
 MU, RHO, SIGMA, M0, S0, LEVERAGE, DF, CONSTANT = range(8)  # of a volatility
 _LARGE = 1e300
 
@@ -204,11 +206,11 @@ def _move_linear(
         out = new[i, first : first + n]
         if t > 0:
             out[:] = _at(model.b, s, t)[i]
-            _add(out, _at(model.F, s, t)[i], rows, 0, 0)
-            _add(out, _at(model.root, s, t)[i, : i + 1], rows, state, 0)
+            _add(out, _at(model.F, s, t)[i], rows, _ZERO, _ZERO)
+            _add(out, _at(model.root, s, t)[i, : i + 1], rows, state, _ZERO)
         else:
             out[:] = model.m0[s if len(model.m0) > 1 else 0, i]
-            _add(out, model.root0[s if len(model.root0) > 1 else 0, i, : i + 1], rows, state, 0)
+            _add(out, model.root0[s if len(model.root0) > 1 else 0, i, : i + 1], rows, state, _ZERO)
 
 
 @called
@@ -223,7 +225,7 @@ def _score_linear(model: Model, cloud: Cloud, scratch: Scratch, s: int, t: int, 
     for i in range(len(var)):
         if model.mask[s, t, i]:
             error[:] = -model.y[s, t, i]
-            _add(error, h[i], z, 0, first)
+            _add(error, h[i], z, _ZERO, first)
             scale, constant = 0.5 / var[i], 0.5 * (math.log(var[i]) + _LOG_2PI)
             for p in range(n):
                 log_weights[p] -= scale * (error[p] * error[p]) + constant
@@ -241,7 +243,7 @@ def _move_volatility(
     m0, s0 = own[M0], own[S0]
     z = cloud.z[1 - half, 0, first : first + BLOCK]
     old, e = scratch.rows[0], scratch.rows[1]
-    normals(key, s, t, 0, first, len(z), scratch.draws[0])
+    normals(key, s, t, _ZERO, first, len(z), scratch.draws[0])
     if t == 0:
         for p in range(len(z)):
             z[p] = m0 + s0 * e[p]
@@ -432,87 +434,67 @@ def _stderr(cloud: Cloud) -> float:
 
 @exact
 def _pass(
-    which: int,
+    part: int,
     model: Model,
     cloud: Cloud,
     scratch: Scratch,
     key: Any,
     s: int,
     t: int,
-    output: Output,
+    wanted: bool,
     start: int,
     stop: int,
 ) -> None:
     """One of the passes over the blocks of particles `start` to `stop`."""
-    u = uniform(key, s, t, RESAMPLING) if which == PLACE else 0.0
+    u = uniform(key, s, t, RESAMPLING) if part == PLACE else 0.0
     for first in range(start, stop, BLOCK):
-        if which == ADD_UP:
+        if part == ADD_UP:
             _add_up(cloud, first)
-        elif which == PLACE:
+        elif part == PLACE:
             _place(cloud, scratch, first, u)
         else:
-            _move(model, cloud, scratch, key, s, t, first, len(output.mean) > 0)
+            _move(model, cloud, scratch, key, s, t, first, wanted)
 
 
 def bind_filter(digest: str) -> Callable[..., None]:
-    """The loop of the filter over a range of series."""
+    """The filter over a range of series, or a part of it for threads that share one."""
 
-    def filter_range(
+    def bootstrap(
+        part: int,
         model: Model,
+        cloud: Cloud,
+        scratch: Scratch,
+        key: np.ndarray,
+        threshold: float,
+        output: Output,
+        series: int,
         lengths: np.ndarray,
-        cloud: Cloud,
-        scratch: Scratch,
-        key: np.ndarray,
-        threshold: float,
-        output: Output,
-        start: int,
-        stop: int,
-    ) -> None:
-        _ = digest
-        n = len(cloud.log_weights)
-        for s in range(start, stop):
-            _begin(cloud)
-            for t in range(lengths[s]):
-                if cloud.facts[RESAMPLE] > 0.0:
-                    _pass(ADD_UP, model, cloud, scratch, key, s, t, output, 0, n)
-                    _find_blocks(cloud)
-                    _pass(PLACE, model, cloud, scratch, key, s, t, output, 0, n)
-                _pass(MOVE, model, cloud, scratch, key, s, t, output, 0, n)
-                _finish_step(model, cloud, output, s, t, threshold)
-                if cloud.facts[FAILED] > 0.0:
-                    break
-            if lengths[s] > 0:
-                output.stderr[s] = _stderr(cloud)
-
-    return filter_range
-
-
-def bind_parts(digest: str) -> Callable[..., None]:
-    """The parts of that loop, for threads that share the particles of a series."""
-
-    def part(
-        which: int,
-        model: Model,
-        cloud: Cloud,
-        scratch: Scratch,
-        key: np.ndarray,
-        threshold: float,
-        output: Output,
-        s: int,
         t: int,
         start: int,
         stop: int,
     ) -> None:
+        """All of series `start` to `stop`; or a part of step t, for particles `start` to `stop`."""
         _ = digest
-        if which == BEGIN:
-            _begin(cloud)
-        elif which == FIND:
-            _find_blocks(cloud)
-        elif which == FINISH:
-            _finish_step(model, cloud, output, s, t, threshold)
-        elif which == END:
-            output.stderr[s] = _stderr(cloud)
-        else:
-            _pass(which, model, cloud, scratch, key, s, t, output, start, stop)
+        wanted, zero, n = len(output.mean) > 0, np.int64(0), len(cloud.log_weights)
+        first, last = (start, stop) if part == WHOLE else (series, series + 1)
+        for s in range(first, last):
+            if part in (WHOLE, BEGIN):
+                _begin(cloud)
+            for step in range(lengths[s] if part == WHOLE else 1):
+                if part == WHOLE:
+                    for each in range(ADD_UP if cloud.facts[RESAMPLE] > 0.0 else MOVE, MOVE + 1):
+                        if each == PLACE:
+                            _find_blocks(cloud)
+                        _pass(each, model, cloud, scratch, key, s, step, wanted, zero, n)
+                elif part <= MOVE:
+                    _pass(part, model, cloud, scratch, key, s, t, wanted, start, stop)
+                elif part == FIND:
+                    _find_blocks(cloud)
+                if part in (WHOLE, FINISH):
+                    _finish_step(model, cloud, output, s, step if part == WHOLE else t, threshold)
+                    if cloud.facts[FAILED] > 0.0:
+                        break
+            if part in (WHOLE, END) and lengths[s] > 0:
+                output.stderr[s] = _stderr(cloud)
 
-    return part
+    return bootstrap

@@ -121,9 +121,10 @@ def place(
     """Write the systematic ancestors that lie in a block of particles.
 
     The block begins with particle `first`, where the cumulative sum is `before`; those of its
-    particles are offset + c. u in [0, 1) is the uniform number of n levels. Each particle writes
-    its number where its first copy goes, or would go; later ones overwrite earlier ones, which have
-    no copy then. The largest number so far is the ancestor.
+    particles are offset + c. u in [0, 1) is the uniform number of n levels. Each particle is
+    counted where its first copy goes, or would go if it had one; as many as were counted up to a
+    place, less one, is the number of its ancestor. Unlike a loop over the copies of each particle
+    this has no branch that a processor would have to guess.
     """
     size = len(c)
     _starts(c, before, offset, total, u, n, starts)
@@ -133,11 +134,11 @@ def place(
     own = out[begin:end]
     own[:] = 0
     for i in range(size):
-        out[starts[i]] = first + i
-    best = own.dtype.type(0)
-    for j in range(end - begin):
-        best = max(best, own[j])
-        own[j] = best
+        out[starts[i]] += 1
+    last = first - 1
+    for j in range(len(own)):
+        last += own[j]
+        own[j] = last
 
 
 @inline_exact
