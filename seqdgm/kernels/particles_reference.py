@@ -225,7 +225,10 @@ def _bootstrap(
     mean, var = (
         (torch.stack(part, 1) for part in zip(*history, strict=True)) if history else (None,) * 2
     )
-    return Bootstrapped(increments, ess, _stderr(cloud, n, options), mean, var)
+    stderr = _stderr(cloud, n, options)
+    if cloud is not None:
+        stderr = torch.where(cloud.alive | (lengths == 0), stderr, torch.nan)
+    return Bootstrapped(increments, ess, stderr, mean, var)
 
 
 def _renew(cloud: _Cloud, u: Tensor, threshold: float, inside: Tensor) -> None:

@@ -59,7 +59,7 @@ class Bootstrapped(NamedTuple):
         Effective sample size after each step, before resampling.
     stderr : (series,)
         Standard error of the log-evidence (Lee and Whiteley 2018, equation 8); infinite where all
-        particles descend from one.
+        particles descend from one, NaN where a series ended early.
     mean, var : (series, time, state), or None
         Estimated mean and variance of each element of z_t given x_1..t.
     """

@@ -2,7 +2,10 @@ r"""Philox4x32-10, the counter-based generator of the fused particle filters, in
 
 A draw is a function of what it is for, not of how many were made before it:
 
-.. math:: \mathrm{words} = \mathrm{Philox}_\text{seed}(\text{series}, k, \text{step}, \text{purpose})
+.. math::
+
+    \mathrm{words} =
+    \mathrm{Philox}_\text{seed}(\text{series}, k, \text{step}, \text{purpose})
 
 four words of 32 bits for a counter of four words and a key of two (the low and the high half of the
 seed). So a draw does not depend on blocks, threads or launch shapes. Two words make a number with
