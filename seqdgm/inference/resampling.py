@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from seqdgm.kernels import particles as kernels
 from seqdgm.kernels.particles import resample
-from seqdgm.kernels.particles_types import Scheme
+from seqdgm.kernels.particles_types import Scheme, Weighed
 
 
 class Resampled(NamedTuple):
@@ -55,6 +56,14 @@ def normalise(
     total = torch.logsumexp(log_weights, -1)
     safe = torch.where(torch.isfinite(total), total, 0.0)
     return log_weights - safe[:, None], total
+
+
+def weigh(log_weights: Float[Tensor, "series particle"]) -> Weighed:
+    """Normalised log-weights, the log of their sum and the effective sample size, in one pass."""
+    if log_weights.requires_grad or not log_weights.is_cpu:
+        normalised, total = normalise(log_weights)
+        return Weighed(normalised, total, effective_sample_size(normalised.detach()))
+    return kernels.weigh(log_weights)
 
 
 def effective_sample_size(
@@ -377,8 +386,10 @@ def gather(x: Tensor, ancestors: Int[Tensor, "series particle"]) -> Tensor:
         return torch.gather(x, 1, ancestors)
     if len(x) == 1:
         return x[0].index_select(0, ancestors[0])[None]
-    series = torch.arange(len(x), device=x.device)[:, None]
-    return x[series, ancestors]
+    n, count = x.shape[:2]
+    first = torch.arange(0, n * count, count, device=x.device)[:, None]
+    flat = x.reshape(n * count, *x.shape[2:]).index_select(0, (ancestors + first).view(-1))
+    return flat.view(*ancestors.shape, *x.shape[2:])
 
 
 def inherit(drawn: Resampled, x: Tensor) -> Tensor:

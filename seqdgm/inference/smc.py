@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,7 +46,7 @@ from seqdgm.inference.resampling import (
     find_resampler,
     gather,
     inherit,
-    normalise,
+    weigh,
 )
 from seqdgm.inference.steps import lookahead, propose, renewing
 from seqdgm.nn import distributions as dist
@@ -226,6 +226,7 @@ class _Plan(NamedTuple):
     options: SMCOptions
     shape: tuple[int, int]
     resampler: Resampler | MemoryResampler
+    binds: bool  # whether the resampler is a MemoryResampler; asking at every step is slow
     proposal: Proposal | None
     context: Any
     generator: torch.Generator
@@ -337,6 +338,7 @@ def _make_plan(
         options,
         (batch.n_series, options.n_particles),
         resampler,
+        moving,
         proposal,
         None if proposal is None else proposal.begin(model, batch),
         generator,
@@ -352,11 +354,10 @@ def _resample(
     chances, ess, log_eta = cloud.log_weights, cloud.ess[-1], None
     if plan.options.lookahead is not None and now.seen:
         log_eta = lookahead(plan, h, now)
-        chances = normalise(chances + log_eta)[0]
-        ess = effective_sample_size(chances)
+        chances, _, ess = weigh(chances + log_eta)
     resampler, reference = plan.resampler, plan.options.reference
-    if isinstance(resampler, MemoryResampler):
-        resampler = resampler.bind(h)
+    if plan.binds:
+        resampler = cast(MemoryResampler, resampler).bind(h)
     elif reference is not None and reference.ancestor_sampling:
         resampler = renewing(
             plan.model, resampler, reference.z[:, t, None], cloud.log_weights, h, now
@@ -388,12 +389,13 @@ def _move(
     log_w = cloud.log_weights
     parts = [part.double() for part in (log_g, log_ratio) if part is not None]
     if parts:
-        log_w, increment = normalise(log_w + sum(parts))
+        log_w, increment, ess = weigh(log_w + sum(parts))
     else:
         increment = log_w.new_zeros(len(log_w))
+        ess = effective_sample_size(log_w)
     cloud.log_weights = log_w
     cloud.increments.append(increment)
-    cloud.ess.append(effective_sample_size(log_w.detach()))
+    cloud.ess.append(ess)
     if model.feedback:
         cloud.x = filled
     return z, filled

@@ -202,7 +202,8 @@ def log_prob(
         return each[..., 0] if each.shape[-1] == 1 else each.sum(-1)
     _check_dim(dist, x)
     if mask is None:
-        return dist.log_prob(x)
+        shared = type(dist) is td.MultivariateNormal and scale_tril(dist).ndim == 2
+        return _shared_log_prob(dist, x) if shared else dist.log_prob(x)
     if isinstance(dist, _GAUSSIANS):
         return _marginal_log_prob(dist, x, mask)
     observed = _all_or_none(dist, mask)
@@ -243,8 +244,22 @@ def log_prob_elements(
 
 def _normal_log_prob(dist: td.Normal, x: Tensor) -> Tensor:
     """`Normal.log_prob` without its checks, which take longer than a small density."""
-    error = (x - dist.loc) / dist.scale
-    return -0.5 * error * error - dist.scale.log() - HALF_LOG_2PI
+    scale = dist.scale
+    error = (x - dist.loc) / scale
+    if not any(scale.stride()):
+        scale = scale.as_strided((1,), (1,))  # one number for all: a single logarithm
+    return torch.addcmul(-HALF_LOG_2PI - scale.log(), error, error, value=-0.5)
+
+
+def _shared_log_prob(dist: td.MultivariateNormal, x: Tensor) -> Tensor:
+    """Log-density where all share one covariance: one triangular solve for the whole batch."""
+    factor = scale_tril(dist)
+    error = (x - dist.loc).broadcast_to(torch.broadcast_shapes(x.shape, dist.loc.shape))
+    white = torch.linalg.solve_triangular(
+        factor, error.reshape(-1, error.shape[-1]).mT, upper=False
+    )
+    constant = HALF_LOG_2PI * error.shape[-1] + factor.diagonal().log().sum()
+    return -0.5 * white.square().sum(0).view(error.shape[:-1]) - constant
 
 
 @torch.no_grad()

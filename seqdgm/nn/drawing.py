@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from seqdgm.types import seeded
 
 Drawer = Callable[..., Tensor]
+_LARGE = 512  # normal numbers from which the compiled loop is faster than torch's
 
 
 def draw(
@@ -48,6 +49,11 @@ def _full(dist: Distribution, shape: torch.Size) -> torch.Size:
 
 
 def _normal_noise(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    large = like.dtype == torch.float64 and shape.numel() >= _LARGE
+    if large and like.device.type == "cpu":
+        from seqdgm.kernels.noise import standard_normal
+
+        return standard_normal(shape, generator)
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
@@ -62,7 +68,7 @@ def _gamma_noise(shape: torch.Size, concentration: Tensor, generator: torch.Gene
 
 
 def _draw_normal(d: td.Normal, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return d.loc + d.scale * _normal_noise(_full(d, shape), d.loc, generator)
+    return torch.addcmul(d.loc, d.scale, _normal_noise(_full(d, shape), d.loc, generator))
 
 
 def _draw_studentt(d: td.StudentT, shape: torch.Size, generator: torch.Generator) -> Tensor:
