@@ -12,6 +12,7 @@ from statsmodels.tsa.statespace.mlemodel import MLEModel
 
 from seqdgm.inference import smc
 from seqdgm.inference.smc import SMCOptions
+from seqdgm.kernels.particles import bootstrap_volatility
 from seqdgm.models.stochastic_volatility import StochasticVolatility
 from seqdgm.prepare import prepare
 
@@ -110,6 +111,28 @@ def particles(name: str, count: int, n_particles: int, **options):
 @pytest.mark.parametrize("n_particles", [4, 16, 64])
 def test_evidence_is_unbiased(name: str, n_particles: int) -> None:
     out = particles(name, 64000 // n_particles, n_particles)
+    within(np.exp(out.increments.sum(1).numpy() - exact(name)[0]), 1.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fused_filter_is_of_the_same_model(name: str) -> None:
+    y, u = case(name)
+    model, count = MODELS[name], 2000
+    inputs = np.repeat(u[None], count, 0) if u.shape[1] else None
+    _, batch, _ = prepare(model, np.repeat(y[None, :, None], count, 0), inputs)
+    parameters = model.fused(batch)
+    if name == "studentt with leverage":
+        assert parameters is None
+        return
+    out = bootstrap_volatility(
+        parameters,
+        batch.x[..., 0],
+        batch.mask[..., 0],
+        batch.lengths,
+        n_particles=32,
+        seed=1,
+        implementation="reference",
+    )
     within(np.exp(out.increments.sum(1).numpy() - exact(name)[0]), 1.0)
 
 
@@ -291,6 +314,10 @@ def test_substituted_parameters_differ_from_row_to_row() -> None:
         alone.increments.sum(1).numpy() - exact(name)[0]
     )
     within(gap, 0.0)
+    fused = both.fused(batch)
+    assert fused is not None
+    assert fused.sigma.shape == (2000,)
+    assert fused.mean.shape == (2000, 7)
     assert abs(found[1000:].mean() - found[:1000].mean()) > 0.05
 
 

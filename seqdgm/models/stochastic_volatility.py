@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, StudentT
 
+from seqdgm.kernels.particles_types import Volatility as Fused
 from seqdgm.models._log_squares import LogSquares
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
@@ -285,6 +286,25 @@ class StochasticVolatility(StateSpaceModel):
         if not self.leverage:
             return z
         return Volatility(z, h.location.expand(z.shape))
+
+    def fused(self, batch: Batch) -> Fused | None:
+        """Parameters for the fused bootstrap filter; None where it does not know the model.
+
+        Parameters with axes (rows, 1, ...) in front give every series its own.
+        """
+        if self.df is not None and self.leverage:
+            return None
+        location = self.mean.reshape(-1, 1)
+        if self.beta is not None:
+            location = location + (batch.u[:, : batch.n_steps] * self.beta).sum(-1)
+        return Fused(
+            mu=self.mu.reshape(-1),
+            rho=self.rho.reshape(-1),
+            sigma=self.sigma.reshape(-1),
+            leverage=None if self.correlation is None else self.correlation.reshape(-1),
+            df=None if self.df is None else self.df.reshape(-1),
+            mean=location,
+        )
 
     # -- learning -------------------------------------------------------------------------------
 
