@@ -143,7 +143,7 @@ class Hidden(sq.StateSpaceModel):
         return Categorical(self.move[z.long()])
 
     def emission(self, z, u):
-        return Normal(self.level[z.long()], 0.8)
+        return Normal(self.level[z.long()], 0.5)
 
 
 OBSERVED = [0.9, float("nan"), 1.6, -0.4]
@@ -157,7 +157,7 @@ def exact_paths() -> tuple[np.ndarray, np.ndarray]:
         p = p * Hidden.move.numpy()[before, now]
     for state, x in zip(paths.T, OBSERVED, strict=True):
         if np.isfinite(x):
-            p = p * stats.norm.pdf(x, Hidden.level.numpy()[state], 0.8)
+            p = p * stats.norm.pdf(x, Hidden.level.numpy()[state], 0.5)
     return paths, p / p.sum()
 
 
@@ -181,23 +181,25 @@ class Lineage:
         return torch.cat(path[::-1], 1)
 
 
-def sweep(n: int, **options) -> np.ndarray:
-    """Start from the posterior, run conditional SMC once, and return the codes of the new paths."""
+def sweep(n: int, repeats: int = 3, *, ancestor_sampling: bool, **options) -> np.ndarray:
+    """Start from the posterior, run conditional SMC a few times, and return codes of the paths."""
     paths, p = exact_paths()
-    start = torch.from_numpy(paths[np.random.default_rng(1).choice(len(p), n, p=p)]).double()
-    model = Hidden()
+    path = torch.from_numpy(paths[np.random.default_rng(1).choice(len(p), n, p=p)])
+    model, random = Hidden(), generator(2)
     _, batch, _ = prepare(model, np.array(OBSERVED), None)
-    moves = options.pop("ancestor_sampling")
-    how = SMCOptions(reference=Reference(start[..., None], moves), **options)
-    lineage = Lineage()
-    out = smc.run(model, repeat(batch, n), how, generator(2), (lineage,))
-    final = torch.multinomial(out.log_weights.exp(), 1, generator=generator(3))
-    return lineage.trace(final).long().numpy() @ 3 ** np.arange(len(OBSERVED))[::-1]
+    batch = repeat(batch, n)
+    for _ in range(repeats):
+        reference = Reference(path[..., None].double(), ancestor_sampling)
+        lineage = Lineage()
+        out = smc.run(model, batch, SMCOptions(reference=reference, **options), random, (lineage,))
+        path = lineage.trace(torch.multinomial(out.log_weights.exp(), 1, generator=random)).long()
+    return path.numpy() @ 3 ** np.arange(len(OBSERVED))[::-1]
 
 
-@pytest.mark.parametrize("ancestor_sampling", [False, True])
-@pytest.mark.parametrize("threshold", [0.7, 1.0])
-@pytest.mark.parametrize("n_particles", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("threshold", "ancestor_sampling"), [(1.0, False), (0.7, False), (0.7, True)]
+)
+@pytest.mark.parametrize("n_particles", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resampler", SCHEMES)
 def test_conditional_filter_leaves_the_smoothing_distribution_invariant(
     resampler: str, n_particles: int, threshold: float, ancestor_sampling: bool
@@ -214,7 +216,7 @@ def test_conditional_filter_leaves_the_smoothing_distribution_invariant(
     rare = n * p < 5
     observed = np.append(found[~rare], found[rare].sum())
     expected = n * np.append(p[~rare], p[rare].sum())
-    assert stats.chisquare(observed, expected).pvalue > 1e-5
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
 
 
 # ---------------------------------------------------------------------------------- evidence
@@ -289,7 +291,9 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("n_particles", [4, 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n_particles", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 64))]
+)
 @pytest.mark.parametrize("kind", sorted(FILTERS))
 @pytest.mark.parametrize("resampler", SCHEMES)
 def test_evidence_is_unbiased(
