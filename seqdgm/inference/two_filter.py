@@ -188,8 +188,9 @@ def _step_back(
     """
     done = adaptive(systematic, 0.5)(log_weights, effective_sample_size(log_weights), generator)
     if done is not None:
-        (ancestors, log_weights), _ = done
-        after = gather(after, ancestors)
+        drawn, _ = done
+        log_weights = drawn.log_weights
+        after = gather(after, drawn.ancestors)
     shape = (len(after), after.shape[1])
     count = shape[1]
     a = dist.sample(gamma[t], generator, (count,)).movedim(0, 1)
