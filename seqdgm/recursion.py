@@ -62,7 +62,11 @@ class StateSpaceModel(SequenceModel):
     """
 
     engines: ClassVar[tuple[str, ...]] = ("particle", "ekf", "ukf")
-    learners: ClassVar[Mapping[str, str]] = {"given": "given"}
+    learners: ClassVar[Mapping[str, str]] = {
+        "given": "given",
+        "mle": "particle-score",
+        "particle-em": "particle-em",
+    }
     latent_dim: int = 0
     feedback: bool = False
     fills_missing: bool = True
@@ -135,6 +139,13 @@ class StateSpaceModel(SequenceModel):
         """
         return None
 
+    def transition_bound(self, u: Inputs) -> Float[Tensor, "*batch"] | float | None:
+        """Log of an upper bound of the transition's density, for ``smoother="ffbs-reject"``.
+
+        None (the default) takes the peak of a Gaussian, Student-t, Laplace or Cauchy transition.
+        """
+        return None
+
     def linear_gaussian(
         self, u: Float[Tensor, "series steps inputs"], rows: Int[Tensor, "series"]
     ) -> System:
@@ -148,7 +159,16 @@ class StateSpaceModel(SequenceModel):
 
     @property
     def markov(self) -> bool:
-        """Whether z alone is the state, so that backward simulation applies."""
+        """Whether z alone is the state, and `initial` and `transition` say everything about it."""
         own, plain = type(self), StateSpaceModel
         names = ("advance", "absorb", "prior", "report")
         return all(getattr(own, name) is getattr(plain, name) for name in names)
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether z and the observation are all that a step leaves to the next.
+
+        Backward smoothing then applies. True unless `absorb` or `report` say otherwise.
+        """
+        own, plain = type(self), StateSpaceModel
+        return self.markov or (own.absorb is plain.absorb and own.report is plain.report)

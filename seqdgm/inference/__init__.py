@@ -34,6 +34,8 @@ LEARNERS = {
     "gradient": ("seqdgm.inference.training", "fit"),
     "given": ("seqdgm.inference.given", "fit"),
     "quasi-likelihood": ("seqdgm.inference.quasi_likelihood", "fit"),
+    "particle-score": ("seqdgm.inference.particle_score", "fit"),
+    "particle-em": ("seqdgm.inference.particle_em", "fit"),
 }
 
 

@@ -34,8 +34,9 @@ def fit(
     learnable = [name for name, p in model.named_parameters() if p.requires_grad]
     if learnable:
         raise ValueError(
-            f"{type(model).__name__} has learnable parameters {learnable} but no learning method; "
-            "give it a proposal and learners = {'elbo': 'gradient'}, or set requires_grad=False"
+            f"{type(model).__name__} has learnable parameters {learnable}; learn them with "
+            "fit(y, method='mle') or fit(y, method='particle-em'), give the model a proposal and "
+            "learners = {'elbo': 'gradient'}, or set requires_grad=False"
         )
     return FitReport(
         method=method,

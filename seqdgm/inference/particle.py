@@ -9,13 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqdgm.inference import smc
+from seqdgm.inference.history import History, draw_particles
 from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.resampling import Resampler
 from seqdgm.inference.scan import scan
 from seqdgm.inference.smc import Lookahead, SMCOptions, Step
-from seqdgm.inference.smoothing import Genealogy, Trajectories, trajectories
+from seqdgm.inference.smoothing import Smoother, Trajectories, mean_and_cov, trajectories
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States
+from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States, check_count
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -34,9 +35,14 @@ class FilterOptions(TypedDict, total=False):
 
 
 class SmoothOptions(FilterOptions, total=False):
-    """Options of the verbs that smooth; see `seqdgm.inference.smoothing.SMOOTHERS`."""
+    """Options of the verbs that smooth; see `seqdgm.inference.smoothing`.
 
-    smoother: str
+    `n_trajectories` draws are behind the moments of the smoothers that give trajectories.
+    """
+
+    smoother: str | Smoother
+    lag: int | None
+    n_trajectories: int
 
 
 class Moments:
@@ -122,7 +128,7 @@ def smooth(
     generator: torch.Generator,
     **options: Unpack[SmoothOptions],
 ) -> States:
-    """Smoothing moments from joint trajectories; see `seqdgm.inference.smoothing`."""
+    """Smoothing moments; see `seqdgm.inference.smoothing`."""
     if _deterministic(model, batch):
         return filter(model, batch, n_particles=1, generator=generator)._replace(
             draw=lambda n, _: (
@@ -131,19 +137,20 @@ def smooth(
                 .expand(-1, n, -1, -1)
             )
         )
-    smoothed = _trajectories(model, batch, n_particles, generator, **options)
-    value = smoothed.paths["value"].double()
-    outside = ~batch.valid[:, None, :, None]
-    value = value.masked_fill(outside, torch.nan)
-    mean = value.mean(1)
-    centred = value - mean[:, None]
-    cov = torch.einsum("nsti,nstj->ntij", centred, centred) / value.shape[1]
+    found = _trajectories(model, batch, n_particles, generator, draws=False, **options)
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
-        drawn = _trajectories(model, batch, n_particles, generator, n, **options).paths["value"]
-        return drawn.double().masked_fill(outside, torch.nan)
+        how: SmoothOptions = {**options, "n_trajectories": n}
+        drawn = _trajectories(model, batch, n_particles, generator, draws=False, **how)
+        return drawn.paths["value"].double()
 
-    return States(mean, cov, smoothed.log_likelihood, ess=smoothed.ess, draw=draw)
+    return States(
+        found.mean,
+        found.cov,
+        found.log_likelihood,
+        ess=found.ess,
+        draw=draw if found.joint else None,
+    )
 
 
 def forecast(
@@ -158,19 +165,16 @@ def forecast(
     """Joint trajectories: filter to the end of each series, then on without observations."""
     ahead = batch.extend(horizon)
     first = int(batch.lengths.min())
-    collector = Genealogy(model, first)
+    history = History(model, first)
     how = SMCOptions(n_particles, draw_observations=True, **options)
-    out = smc.run(model, ahead, how, generator, (collector,))
-    final = torch.multinomial(out.log_weights.exp(), n_particles, True, generator=generator)
-    paths = collector.trace(final, ("x", "value"))
+    out = smc.run(model, ahead, how, generator, (history,))
+    index = history.lineages(draw_particles(out.log_weights, n_particles, generator))
     when = (batch.lengths - first)[:, None] + torch.arange(horizon, device=batch.x.device)
     x, value = (
         torch.gather(p, 2, when[:, None, :, None].expand(-1, p.shape[1], -1, p.shape[3]))
-        for p in (paths["x"], paths["value"].double())
+        for p in (history.along(index, "x"), history.along(index, "value").double())
     )
-    mean = value.mean(1)
-    centred = value - mean[:, None]
-    cov = torch.einsum("nsti,nstj->ntij", centred, centred) / n_particles
+    mean, cov = mean_and_cov(value)
     inside = torch.arange(ahead.n_steps, device=batch.x.device)[None] < batch.lengths[:, None]
     log_likelihood = torch.where(inside, out.increments, 0.0).sum(1)
 
@@ -224,7 +228,8 @@ def impute(
     **options: Unpack[SmoothOptions],
 ) -> Samples:
     """Observations with their missing elements drawn from the smoothing distribution."""
-    return Samples(_trajectories(model, batch, n_particles, generator, **options).paths["x"])
+    found = _trajectories(model, batch, n_particles, generator, draws=True, **options)
+    return Samples(found.paths["x"])
 
 
 def _deterministic(model: StateSpaceModel, batch: Batch) -> bool:
@@ -237,11 +242,15 @@ def _trajectories(
     batch: Batch,
     n_particles: int,
     generator: torch.Generator,
-    n: int | None = None,
-    smoother: str = "auto",
+    *,
+    draws: bool,
+    smoother: str | Smoother = "auto",
+    lag: int | None = None,
+    n_trajectories: int | None = None,
     **options: Unpack[FilterOptions],
 ) -> Trajectories:
-    """Joint draws of states and observations given all data."""
-    how = SMCOptions(n_particles, draw_observations=True, **options)
-    n = n or min(n_particles, N_TRAJECTORIES)
-    return trajectories(model, batch, how, generator, n, smoother)
+    """Draws of states, and of missing observations where asked for, given all data."""
+    n = min(n_particles, N_TRAJECTORIES) if n_trajectories is None else n_trajectories
+    check_count("n_trajectories", n)
+    how = SMCOptions(n_particles, draw_observations=draws, **options)
+    return trajectories(model, batch, how, generator, n, smoother, lag)

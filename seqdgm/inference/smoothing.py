@@ -1,171 +1,254 @@
-"""Joint draws from the smoothing distribution of any state-space model, by particles.
+r"""Smoothing of any state-space model by particles.
+
+Run the filter, keep its particles, and go back over them. Some smoothers draw whole trajectories
+from :math:`p(z_{1:T} \mid x_{1:T})`, others weigh the particles of each step by themselves:
+
+=================== ============ ================= =================================================
+name                gives        cost a step       for
+=================== ============ ================= =================================================
+``"genealogy"``     trajectories O(N)              any model; few distinct states far from the end
+``"ffbs"``          trajectories O(N n)            states without a memory besides z (`memoryless`)
+``"ffbs-reject"``   trajectories O(n) on average   the same, with a bounded transition density
+``"ffbs-mcmc"``     trajectories O(n)              the same; approximate for few moves
+``"fixed-lag"``     marginals    O(N lag)          any model; ignores data beyond the lag
+``"marginal"``      marginals    O(N^2)            as ``"ffbs"``
+``"two-filter"``    marginals    O(N^2)            as ``"ffbs"``, with continuous states
+=================== ============ ================= =================================================
+
+for N particles and n trajectories. ``"auto"`` is ``"ffbs"`` where the model admits it, else
+``"genealogy"``; ``"fixed-lag"`` where a lag is given.
 
 References
 ----------
 Kitagawa (1996), Monte Carlo filter and smoother for non-Gaussian nonlinear state space models,
-*JCGS* 5 (genealogy); Godsill, Doucet and West (2004), Monte Carlo smoothing for nonlinear time
-series, *JASA* 99 (backward simulation).
+*JCGS* 5 (genealogy); the others with their modules `backward`, `marginals` and `two_filter`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqdgm.inference import smc
+from seqdgm.inference import backward, smc
+from seqdgm.inference.history import History, draw_particles
+from seqdgm.inference.marginals import Weighted, fixed_lag, forward_backward
+from seqdgm.inference.pairwise import states_are_z
 from seqdgm.inference.resampling import gather
-from seqdgm.inference.smc import SMCOptions, Step
+from seqdgm.inference.smc import SMCOptions, SMCResult
+from seqdgm.inference.two_filter import two_filter
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Inputs
+from seqdgm.types import Batch, check_count
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
 
-BACKWARD_ELEMENTS = 2_000_000  # densities held at once in backward simulation (16 MB)
-SMOOTHERS = ("auto", "ffbs", "genealogy")
+# (model, batch, history, n, generator) -> particle numbers (series, n, time) of n trajectories, or
+# weighted particles of every step.
+Smoother = Callable[
+    ["StateSpaceModel", Batch, History, int, torch.Generator],
+    Int[Tensor, "series n time"] | Weighted,
+]
+
+
+def genealogy(
+    model: StateSpaceModel, batch: Batch, history: History, n: int, generator: torch.Generator
+) -> Int[Tensor, "series n time"]:
+    """Lineages of the filter's particles."""
+    return history.genealogy(batch, n, generator)
+
+
+SMOOTHERS: dict[str, Smoother] = {
+    "genealogy": genealogy,
+    "ffbs": backward.simulate,
+    "ffbs-reject": partial(backward.simulate, choose=backward.reject),
+    "ffbs-mcmc": partial(backward.simulate, choose=backward.metropolis),
+    "marginal": forward_backward,
+    "two-filter": two_filter,
+}
 
 
 class Trajectories(NamedTuple):
-    """Joint draws of states and observations given all data.
+    """Draws of states (and observations) given all data; NaN beyond a series' end.
 
     Attributes
     ----------
     paths : dict of Tensor
-        ``value`` (series, n, time, state) and ``x`` (series, n, time, dim).
+        ``value`` (series, n, time, state), the reported state, and where they were asked for ``x``
+        (series, n, time, dim), the observations with their missing elements drawn.
+    mean, cov : Tensor of shape (series, time, state) and (series, time, state, state)
+        Moments of the reported state.
     log_likelihood : Tensor of shape (series,)
     ess : Tensor of shape (series, time)
-        NaN beyond a series' end.
+        Of the filter.
+    joint : bool
+        Whether the draws are whole trajectories; else those of different steps are independent.
     """
 
     paths: dict[str, Tensor]
+    mean: Float[Tensor, "series time state"]
+    cov: Float[Tensor, "series time state state"]
     log_likelihood: Float[Tensor, "series"]
     ess: Float[Tensor, "series time"]
+    joint: bool
 
 
+def find_smoother(spec: str | Smoother, model: StateSpaceModel, lag: int | None = None) -> Smoother:
+    """The smoother of a name, or the one given.
+
+    Raises
+    ------
+    ValueError
+        For an unknown smoother, or a lag without or beside the one that has it.
+    """
+    if spec == "auto":
+        spec = "fixed-lag" if lag is not None else "ffbs" if model.memoryless else "genealogy"
+    if spec == "fixed-lag":
+        if lag is None:
+            raise ValueError("smoother='fixed-lag' needs lag=, a number of steps")
+        check_count("lag", lag)
+        return partial(fixed_lag, lag=int(lag))
+    if lag is not None:
+        raise ValueError(f"lag={lag!r} goes with smoother='fixed-lag', not with {spec!r}")
+    if not isinstance(spec, str):
+        return spec
+    if spec not in SMOOTHERS:
+        names = ["auto", "fixed-lag", *SMOOTHERS]
+        raise ValueError(f"there is no smoother {spec!r}; choose one of {names}")
+    return SMOOTHERS[spec]
+
+
+class Smoothed(NamedTuple):
+    """A run of the filter, its particles, and what a smoother made of them."""
+
+    out: SMCResult
+    history: History
+    law: Int[Tensor, "series n time"] | Weighted
+
+
+def run(
+    model: StateSpaceModel,
+    batch: Batch,
+    options: SMCOptions,
+    generator: torch.Generator,
+    n: int,
+    smoother: str | Smoother = "auto",
+    lag: int | None = None,
+) -> Smoothed:
+    """Filter and smooth; arguments as those of `trajectories`."""
+    smooth = find_smoother(smoother, model, lag)
+    history = History(model)
+    out = smc.run(model, batch, options, generator, (history,))
+    return Smoothed(out, history, smooth(model, batch, history, n, generator))
+
+
+@torch.no_grad()
 def trajectories(
     model: StateSpaceModel,
     batch: Batch,
     options: SMCOptions,
     generator: torch.Generator,
     n: int,
-    smoother: str = "auto",
+    smoother: str | Smoother = "auto",
+    lag: int | None = None,
 ) -> Trajectories:
-    """Filter, then draw `n` trajectories of every series from the smoothing distribution.
+    """Filter, then draw `n` states of every step and series from the smoothing distribution.
 
-    ``"auto"`` is backward simulation for Markov models, and the genealogy of the filter for models
-    with a memory.
+    Parameters
+    ----------
+    model, batch, options, generator
+        As those of `seqdgm.inference.smc.run`. Missing observations are drawn where
+        ``options.draw_observations``.
+    n : int
+        Trajectories, or draws of each step where the smoother has no joint law.
+    smoother : str or Smoother
+        A name in the table above, or a function such as
+        ``partial(simulate, choose=partial(metropolis, moves=20))`` of `backward`.
+    lag : int, optional
+        For ``"fixed-lag"``.
 
     Raises
     ------
     ValueError
         For an unknown smoother, or one that the model does not admit.
     """
-    if smoother not in SMOOTHERS:
-        raise ValueError(f"there is no smoother {smoother!r}; choose one of {list(SMOOTHERS)}")
-    if smoother == "ffbs" and not model.markov:
-        raise ValueError(
-            f"{type(model).__name__} has a memory besides z, which backward simulation does not "
-            "know; use smoother='genealogy'"
-        )
-    collector = Genealogy(model)
-    out = smc.run(model, batch, options, generator, (collector,))
-    final = torch.multinomial(out.log_weights.exp(), n, True, generator=generator)
-    if model.markov and smoother != "genealogy":
-        paths = _backward_simulation(model, batch, collector, final, generator)
+    # Given z, the observations of a step depend on nothing else: each trajectory draws its own.
+    redraw = model.memoryless and states_are_z(model) and not model.feedback
+    wanted = options.draw_observations
+    options = replace(options, draw_observations=wanted and not redraw)
+    out, history, law = run(model, batch, options, generator, n, smoother, lag)
+    if isinstance(law, Weighted):
+        moments = _weighted_moments(law)
+        value, index = _resample(law, n, generator)
     else:
-        paths = collector.trace(final, ("x", "value"))
-    ess = out.ess.masked_fill(~batch.valid, torch.nan)
-    return Trajectories(paths, out.increments.sum(1), ess)
-
-
-class Genealogy:
-    """Particles, weights, ancestors and drawn observations of every step from `first` on."""
-
-    def __init__(self, model: StateSpaceModel, first: int = 0) -> None:
-        self._model, self._first = model, first
-        self.steps: list[dict[str, Any]] = []
-
-    def update(self, step: Step) -> None:
-        """Take in one step."""
-        if step.t < self._first:
-            return
-        self.steps.append(
-            {
-                "z": step.z,
-                "value": self._model.report(step.h, step.z),
-                "s": step.s,
-                "x": step.x,
-                "log_weights": step.log_weights,
-                "ancestors": step.ancestors,
-            }
+        value, index = history.along(law, "value"), law
+        moments = mean_and_cov(value)
+    paths = {"value": value}
+    if wanted:
+        # A smoother with particles of its own admits no drawn observation that was fed back.
+        own = redraw or index is None
+        paths["x"] = (
+            _observations(model, batch, value, generator) if own else history.along(index, "x")
         )
-
-    def trace(self, final: Int[Tensor, "series n"], keys: tuple[str, ...]) -> dict[str, Tensor]:
-        """Follow the lineages of the chosen final particles back; (series, n, time, ...)."""
-        lineage = final
-        paths: dict[str, list[Tensor]] = {key: [] for key in keys}
-        for step in reversed(self.steps):
-            for key in keys:
-                paths[key].append(gather(step[key], lineage))
-            if step["ancestors"] is not None:
-                lineage = torch.gather(step["ancestors"], 1, lineage)
-        return {key: torch.stack(path[::-1], 2) for key, path in paths.items()}
+    outside = ~batch.valid
+    return Trajectories(
+        {k: v.masked_fill(outside[:, None, :, None], torch.nan) for k, v in paths.items()},
+        moments[0].masked_fill(outside[..., None], torch.nan),
+        moments[1].masked_fill(outside[..., None, None], torch.nan),
+        out.increments.sum(1),
+        out.ess.masked_fill(outside, torch.nan),
+        joint=not isinstance(law, Weighted),
+    )
 
 
-@torch.no_grad()
-def _backward_simulation(
+def mean_and_cov(
+    value: Float[Tensor, "series n time state"],
+) -> tuple[Float[Tensor, "series time state"], Float[Tensor, "series time state state"]]:
+    """Mean and covariance over equally weighted trajectories."""
+    mean = value.double().mean(1)
+    centred = value.double() - mean[:, None]
+    return mean, torch.einsum("nsti,nstj->ntij", centred, centred) / value.shape[1]
+
+
+def _weighted_moments(law: Weighted) -> tuple[Tensor, Tensor]:
+    weights, value = law.log_weights.exp(), law.value.double()
+    mean = torch.einsum("ntk,ntki->nti", weights, value)
+    centred = value - mean[:, :, None]
+    return mean, torch.einsum("ntk,ntki,ntkj->ntij", weights, centred, centred)
+
+
+def _resample(
+    law: Weighted, n: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "series n time state"], Int[Tensor, "series n time"] | None]:
+    """Independent draws of every step, and which of the filter's particles they are."""
+    series, steps = law.log_weights.shape[:2]
+    drawn = draw_particles(law.log_weights.flatten(0, 1), n, generator)
+    value = gather(law.value.flatten(0, 1), drawn).reshape(series, steps, n, -1)
+    index = None
+    if law.index is not None:
+        index = gather(law.index.flatten(0, 1), drawn).reshape(series, steps, n).mT
+    return value.transpose(1, 2), index
+
+
+def _observations(
     model: StateSpaceModel,
     batch: Batch,
-    genealogy: Genealogy,
-    final: Int[Tensor, "series n"],
+    states: Float[Tensor, "series n time state"],
     generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Draw trajectories backwards: weights W_t f(z_{t+1} | z_t) at every step."""
-    steps = genealogy.steps
-    n, count = final.shape
-    z = gather(steps[-1]["z"], final)
-    path = [z]
-    for t in range(batch.n_steps - 2, -1, -1):
-        pick = _pick_backward(model, steps[t], z, batch.inputs_at(t + 1, 2), generator)
-        z = gather(steps[t]["z"], pick)
-        path.append(z)
-    states = torch.stack(path[::-1], 2)
-    observations = []
-    for t in range(batch.n_steps):
-        emission = model.emission(states[:, :, t], batch.inputs_at(t, extra_axes=1))
-        shape = (n, count, batch.x.shape[2])
-        x, mask = batch.x[:, t, None].expand(shape), batch.mask[:, t, None].expand(shape)
-        wide = dist.expand(emission, (n, count), shape[2])
-        observations.append(dist.fill_missing(wide, x, mask, generator))
-    return {"value": states, "x": torch.stack(observations, 2)}
-
-
-def _pick_backward(
-    model: StateSpaceModel,
-    step: dict[str, Any],
-    z: Float[Tensor, "series n state"],
-    u: Inputs,
-    generator: torch.Generator,
-) -> Int[Tensor, "series n"]:
-    """Choose, for each trajectory, the particle its next state came from."""
-    particles = step["z"]
-    n, count, width = len(z), particles.shape[1], z.shape[2]
-    prior = model.prior(particles[:, None], u)
-    assert prior is not None
-    prior = dist.expand(prior, (n, 1, count), width)
-    chunk = max(1, BACKWARD_ELEMENTS // (n * count * width))
-    picks = []
-    for part in z.split(chunk, 1):
-        target = part[:, :, None].expand(n, part.shape[1], count, width)
-        wide = dist.expand(prior, target.shape[:3], width)
-        log_w = step["log_weights"][:, None] + dist.log_prob(wide, target).double()
-        total = torch.cumsum(torch.softmax(log_w, -1), -1)
-        level = torch.rand(
-            (*total.shape[:2], 1), generator=generator, dtype=total.dtype, device=z.device
-        )
-        pick = torch.searchsorted(total, level * total[..., -1:]).squeeze(-1)
-        picks.append(pick.clamp_max(count - 1))
-    return torch.cat(picks, 1)
+) -> Float[Tensor, "series n time dim"]:
+    """The observations, with missing elements drawn given the states."""
+    shape = (*states.shape[:2], batch.x.shape[2])
+    filled = []
+    for t, whole in enumerate((batch.mask.all(-1) | ~batch.valid).all(0).tolist()):
+        x = batch.x[:, t, None].expand(shape)
+        if not whole:
+            emission = model.emission(states[:, :, t], batch.inputs_at(t, 1))
+            mask = batch.mask[:, t, None].expand(shape)
+            x = dist.fill_missing(dist.expand(emission, shape[:2], shape[2]), x, mask, generator)
+        filled.append(x)
+    return torch.stack(filled, 2)
