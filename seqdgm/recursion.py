@@ -13,6 +13,7 @@ from seqdgm.model import SequenceModel
 from seqdgm.types import Batch, Inputs
 
 if TYPE_CHECKING:
+    from seqdgm.kernels.particles_types import Volatility
     from seqdgm.kernels.types import System
 
 
@@ -144,6 +145,10 @@ class StateSpaceModel(SequenceModel):
 
         None (the default) takes the peak of a Gaussian, Student-t, Laplace or Cauchy transition.
         """
+        return None
+
+    def fused(self, batch: Batch) -> System | Volatility | None:
+        """What a fused bootstrap filter must know of the model; None where there is none for it."""
         return None
 
     def linear_gaussian(

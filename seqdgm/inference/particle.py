@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqdgm.inference import smc
+from seqdgm.inference import fused, smc
 from seqdgm.inference.history import History, draw_particles
 from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.resampling import Resampler
@@ -84,13 +84,20 @@ def filter(
     **options: Unpack[FilterOptions],
 ) -> States:
     """Filtering moments by particles (one is enough for a model without randomness)."""
-    collector = Moments(model)
     count = 1 if _deterministic(model, batch) else n_particles
-    out = smc.run(model, batch, SMCOptions(count, **options), generator, (collector,))
-    mean, cov = collector.result()
-    outside = ~batch.valid
-    ess = None if count == 1 else out.ess.masked_fill(outside, torch.nan)
-    return States(mean, cov, out.increments.sum(1), ess=ess)
+    how = SMCOptions(count, **options)
+    # The fused filter knows variances, not covariances.
+    fast = None
+    if model.latent_dim == 1:
+        fast = fused.bootstrap(model, batch, how, generator, moments=True)
+    if fast is not None and fast.mean is not None and fast.var is not None:
+        mean, cov, increments, ess = fast.mean, fast.var[..., None], fast.increments, fast.ess
+    else:
+        collector = Moments(model)
+        out = smc.run(model, batch, how, generator, (collector,))
+        (mean, cov), increments, ess = collector.result(), out.increments, out.ess
+    reported = None if count == 1 else ess.masked_fill(~batch.valid, torch.nan)
+    return States(mean, cov, increments.sum(1), ess=reported)
 
 
 def log_prob(
@@ -113,7 +120,8 @@ def log_prob(
             steps = dist.log_prob(emission, batch.x, batch.mask).double()
         value = torch.where(counted, steps, 0.0).sum(1)
         return Evidence(value, "exact", torch.zeros_like(value))
-    out = smc.run(model, batch, SMCOptions(n_particles, **options), generator)
+    how = SMCOptions(n_particles, **options)
+    out = fused.bootstrap(model, batch, how, generator) or smc.run(model, batch, how, generator)
     value = torch.where(counted, out.increments, 0.0).sum(1)
     # The error of the whole evidence says little of a part of it, whose own is not estimated.
     stderr = out.stderr if start is None else torch.full_like(out.stderr, torch.nan)

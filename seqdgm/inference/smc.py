@@ -355,10 +355,12 @@ def _resample(
     if plan.options.lookahead is not None and now.seen:
         log_eta = lookahead(plan, h, now)
         chances, _, ess = weigh(chances + log_eta)
-    resampler, reference = plan.resampler, plan.options.reference
+    reference = plan.options.reference
     if plan.binds:
-        resampler = cast(MemoryResampler, resampler).bind(h)
-    elif reference is not None and reference.ancestor_sampling:
+        resampler = cast(MemoryResampler, plan.resampler).bind(h)
+    else:
+        resampler = cast(Resampler, plan.resampler)
+    if reference is not None and reference.ancestor_sampling:
         resampler = renewing(
             plan.model, resampler, reference.z[:, t, None], cloud.log_weights, h, now
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from seqdgm.kernels.types import System
 from seqdgm.panel import Panel
 from seqdgm.prepare import prepare
 from seqdgm.recursion import StateSpaceModel
+from seqdgm.types import Batch
 
 if TYPE_CHECKING:
     from seqdgm.plotting import Figure
@@ -25,6 +27,12 @@ class LinearGaussianModel(StateSpaceModel):
 
     A subclass gives `natural`, `natural_inside` and `natural_system`; the rest follows.
     """
+
+    def fused(self, batch: Batch) -> System | None:
+        """The system, unless its start is diffuse or an observation has no error."""
+        system = self.linear_gaussian(batch.u[:, : batch.n_steps], batch.rows)
+        singular = bool(torch.linalg.cholesky_ex(system.R).info.any())
+        return None if singular or bool(system.Pinf.any()) else system
 
     def natural(self) -> Natural:
         """Parameters as they are reported: names, values of each fit, and which were estimated."""

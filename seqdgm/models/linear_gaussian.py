@@ -437,18 +437,18 @@ class LinearGaussianSSM(LinearGaussianModel):
                 "a diffuse initial state has no distribution; use method='kalman' or give m0 and P0"
             )
         m = self._shared()
-        return MultivariateNormal(m.m0[0], m.P0[0])
+        return _gaussian(m.m0[0], m.P0[0], "P0")
 
     def transition(self, z: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
         """Next state given this one."""
         m = self._shared()
         mean = z @ m.F[0].mT + m.b[0] + u.values @ m.B[0].mT
-        return MultivariateNormal(mean, m.Q[0])
+        return _gaussian(mean, m.Q[0], "Q")
 
     def emission(self, s: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
         """Observation given the state."""
         m = self._shared()
-        return MultivariateNormal(s @ m.H[0].mT + m.d[0] + u.values @ m.D[0].mT, m.R[0])
+        return _gaussian(s @ m.H[0].mT + m.d[0] + u.values @ m.D[0].mT, m.R[0], "R")
 
     def _shared(self) -> Matrices:
         m = self.matrices
@@ -457,3 +457,16 @@ class LinearGaussianSSM(LinearGaussianModel):
                 "particles need one set of matrices; fit with pooled=True or use method='kalman'"
             )
         return m
+
+
+def _gaussian(
+    mean: Float[Tensor, "*batch dim"], cov: Float[Tensor, "dim dim"], name: str
+) -> MultivariateNormal:
+    """N(mean, cov) with one factorisation for the whole batch."""
+    root, info = torch.linalg.cholesky_ex(cov)
+    if int(info):
+        raise ValueError(
+            f"{name} is not positive definite, so particles have no density to be weighed by; use "
+            "method='kalman'"
+        )
+    return MultivariateNormal(mean, scale_tril=root, validate_args=False)

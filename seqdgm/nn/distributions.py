@@ -202,8 +202,9 @@ def log_prob(
         return each[..., 0] if each.shape[-1] == 1 else each.sum(-1)
     _check_dim(dist, x)
     if mask is None:
-        shared = type(dist) is td.MultivariateNormal and scale_tril(dist).ndim == 2
-        return _shared_log_prob(dist, x) if shared else dist.log_prob(x)
+        if isinstance(dist, td.MultivariateNormal) and scale_tril(dist).ndim == 2:
+            return _shared_log_prob(dist, x)
+        return dist.log_prob(x)
     if isinstance(dist, _GAUSSIANS):
         return _marginal_log_prob(dist, x, mask)
     observed = _all_or_none(dist, mask)
