@@ -32,6 +32,7 @@ class FilterOptions(TypedDict, total=False):
     threshold: float
     proposal: str | Proposal
     lookahead: Literal["mean"] | Lookahead | None
+    collapse: Literal["raise", "zero"]
 
 
 class SmoothOptions(FilterOptions, total=False):

@@ -151,6 +151,9 @@ class SMCOptions:
     differentiable : bool
         Keep gradients; see `seqdgm.inference.differentiable`. Draws are reparameterised; those that
         have no such form enter by the score of their density.
+    collapse : {"raise", "zero"}
+        What becomes of a series in which every particle has weight zero: a ValueError, or evidence
+        of minus infinity (a parameter value that the data rule out); NaN raises either way.
     """
 
     n_particles: int = 1000
@@ -162,6 +165,32 @@ class SMCOptions:
     reference: Reference | None = None
     weigh: Weigh | None = None
     differentiable: bool = False
+    collapse: Literal["raise", "zero"] = "raise"
+
+
+@dataclass
+class Cloud:
+    """The particles between two steps, from which `run` can go on.
+
+    Attributes
+    ----------
+    s, x : state trees with leading axes (series, particle)
+        State, and observation where the model feeds it back.
+    log_weights : Tensor of shape (series, particle)
+        Normalised.
+    eve, resamplings : Tensor of int, shapes (series, particle) and (series,)
+        First ancestors, and how often each series was resampled.
+    increments, ess : list of Tensor of shape (series,)
+        Of every step so far.
+    """
+
+    s: Any
+    x: Tensor | None
+    log_weights: Float[Tensor, "series particle"]
+    eve: Int[Tensor, "series particle"]
+    resamplings: Int[Tensor, "series"]
+    increments: list[Tensor] = field(default_factory=list)
+    ess: list[Tensor] = field(default_factory=list)
 
 
 class SMCResult(NamedTuple):
@@ -180,6 +209,8 @@ class SMCResult(NamedTuple):
     stderr : Tensor of shape (series,)
         Standard error of the log-evidence (Lee and Whiteley 2018, equation 8); inf where all
         particles descend from one and the estimator has nothing to compare.
+    cloud : Cloud
+        To go on from, at the step after the last.
     """
 
     increments: Float[Tensor, "series time"]
@@ -187,6 +218,7 @@ class SMCResult(NamedTuple):
     log_weights: Float[Tensor, "series particle"]
     s: Any
     stderr: Float[Tensor, "series"]
+    cloud: Cloud
 
 
 class _Facts(NamedTuple):
@@ -202,19 +234,18 @@ class _Facts(NamedTuple):
     complete: bool
 
     @classmethod
-    def of(cls, batch: Batch) -> Iterator[_Facts]:
-        valid = batch.valid
-        known = batch.inputs_all()
-        steps = zip(known.values.unsqueeze(2).unbind(1), known.t.unbind(), strict=True)
+    def of(cls, batch: Batch, span: slice) -> Iterator[_Facts]:
+        valid, mask, known = batch.valid[:, span], batch.mask[:, span], batch.inputs_all()
+        values, when = known.values[:, span].unsqueeze(2).unbind(1), known.t[span].unbind()
         columns = (
-            batch.x.unsqueeze(2).unbind(1),
-            batch.mask.unsqueeze(2).unbind(1),
+            batch.x[:, span].unsqueeze(2).unbind(1),
+            mask.unsqueeze(2).unbind(1),
             valid.unbind(1),
-            [Inputs(*step) for step in steps],
+            [Inputs(*step) for step in zip(values, when, strict=True)],
             valid.all(0).tolist(),
             valid.any(0).tolist(),
-            batch.mask.any(-1).any(0).tolist(),
-            batch.mask.all(-1).all(0).tolist(),
+            mask.any(-1).any(0).tolist(),
+            mask.all(-1).all(0).tolist(),
         )
         return (cls(*row) for row in zip(*columns, strict=True))
 
@@ -232,27 +263,19 @@ class _Plan(NamedTuple):
     generator: torch.Generator
 
 
-@dataclass
-class _Cloud:
-    """Mutable state of the loop."""
-
-    s: Any
-    x: Tensor | None
-    log_weights: Float[Tensor, "series particle"]
-    eve: Int[Tensor, "series particle"]
-    resamplings: Int[Tensor, "series"]
-    increments: list[Tensor] = field(default_factory=list)
-    ess: list[Tensor] = field(default_factory=list)
-
-
 def run(
     model: StateSpaceModel,
     batch: Batch,
     options: SMCOptions,
     generator: torch.Generator,
     collectors: tuple[Collector, ...] = (),
+    *,
+    cloud: Cloud | None = None,
+    stop: int | None = None,
 ) -> SMCResult:
     """Run the particle filter over a batch of series.
+
+    With `cloud`, which is used up, go on from where it stands; with `stop`, end before that step.
 
     Raises
     ------
@@ -261,33 +284,33 @@ def run(
         the step are named. If the options do not fit the model.
     """
     with torch.set_grad_enabled(options.differentiable):
-        return _run(model, batch, options, generator, collectors)
+        plan = _make_plan(model, batch, options, generator)
+        return _run(plan, batch, collectors, cloud or _begin(plan, batch), stop)
 
 
-def _run(
-    model: StateSpaceModel,
-    batch: Batch,
-    options: SMCOptions,
-    generator: torch.Generator,
-    collectors: tuple[Collector, ...],
-) -> SMCResult:
-    plan = _make_plan(model, batch, options, generator)
+def _begin(plan: _Plan, batch: Batch) -> Cloud:
     n, count = plan.shape
     device = batch.x.device
-    cloud = _Cloud(
-        s=model.start(plan.shape),
-        x=batch.x.new_zeros(n, count, batch.x.shape[2]) if model.feedback else None,
+    return Cloud(
+        s=plan.model.start(plan.shape),
+        x=batch.x.new_zeros(n, count, batch.x.shape[2]) if plan.model.feedback else None,
         log_weights=torch.full(plan.shape, -math.log(count), dtype=torch.float64, device=device),
         eve=torch.arange(count, device=device).expand(plan.shape),
         resamplings=torch.zeros(n, dtype=torch.int64, device=device),
     )
-    for t, now in enumerate(_Facts.of(batch)):
+
+
+def _run(
+    plan: _Plan, batch: Batch, collectors: tuple[Collector, ...], cloud: Cloud, stop: int | None
+) -> SMCResult:
+    model, first = plan.model, len(cloud.increments)
+    for t, now in enumerate(_Facts.of(batch, slice(first, stop)), first):
         with _naming(t):
             fed = None if cloud.x is None else model.embed(cloud.x)
             h = model.advance(cloud.s, fed, now.u)
             h, ancestors = _resample(plan, cloud, h, t, now) if t else (h, None)
             z, x = _move(plan, cloud, h, t, now)
-        _check(cloud.increments[-1].detach(), batch, t)
+        _check(cloud, batch, t, plan.options.collapse)
         for collector in collectors:
             collector.update(Step(t, h, z, cloud.s, x, cloud.log_weights, ancestors, now.inside))
     return SMCResult(
@@ -296,6 +319,7 @@ def _run(
         cloud.log_weights,
         cloud.s,
         _evidence_stderr(cloud),
+        cloud,
     )
 
 
@@ -346,7 +370,7 @@ def _make_plan(
 
 
 def _resample(
-    plan: _Plan, cloud: _Cloud, h: Any, t: int, now: _Facts
+    plan: _Plan, cloud: Cloud, h: Any, t: int, now: _Facts
 ) -> tuple[Any, Int[Tensor, "series particle"] | None]:
     """Choose ancestors by weight and look-ahead; gather the memory that they left."""
     if plan.shape[1] == 1:
@@ -381,7 +405,7 @@ def _resample(
 
 
 def _move(
-    plan: _Plan, cloud: _Cloud, h: Any, t: int, now: _Facts
+    plan: _Plan, cloud: Cloud, h: Any, t: int, now: _Facts
 ) -> tuple[Tensor | None, Tensor | None]:
     """Draw all particles of one step and weigh them."""
     model = plan.model
@@ -403,7 +427,7 @@ def _move(
     return z, filled
 
 
-def _observe(plan: _Plan, cloud: _Cloud, now: _Facts) -> tuple[Tensor | None, Tensor | None]:
+def _observe(plan: _Plan, cloud: Cloud, now: _Facts) -> tuple[Tensor | None, Tensor | None]:
     """log g, and x with its missing elements drawn; None where not needed."""
     model, options = plan.model, plan.options
     filling = model.feedback or options.draw_observations
@@ -440,12 +464,20 @@ def _naming(t: int) -> Iterator[None]:
         raise
 
 
-def _check(increment: Float[Tensor, "series"], batch: Batch, t: int) -> None:
+def _check(cloud: Cloud, batch: Batch, t: int, collapse: Literal["raise", "zero"]) -> None:
+    increment = cloud.increments[-1].detach()
     if math.isfinite(float(increment.sum())):
         return
-    bad = torch.nonzero(~torch.isfinite(increment))
-    if len(bad):
-        k = int(bad[0, 0])
+    bad = ~torch.isfinite(increment)
+    if collapse == "zero":
+        # The particles go on with equal weights; the evidence stays minus infinity.
+        dead = increment == -torch.inf
+        equal = -math.log(cloud.log_weights.shape[1])
+        cloud.log_weights = torch.where(dead[:, None], equal, cloud.log_weights)
+        bad = bad & ~dead
+    places = torch.nonzero(bad)
+    if len(places):
+        k = int(places[0, 0])
         raise ValueError(
             f"series {batch.ids[k]!r}, step {t}: every particle has weight zero or a weight that "
             "is not a number; the observation is impossible under the model, or the model "
@@ -453,7 +485,7 @@ def _check(increment: Float[Tensor, "series"], batch: Batch, t: int) -> None:
         )
 
 
-def _evidence_stderr(cloud: _Cloud) -> Float[Tensor, "series"]:
+def _evidence_stderr(cloud: Cloud) -> Float[Tensor, "series"]:
     n, count = cloud.eve.shape
     if count == 1:
         return cloud.log_weights.new_full((n,), torch.inf)
