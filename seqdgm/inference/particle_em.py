@@ -122,8 +122,8 @@ def fit(
     progress: bool,
     n_particles: int = 50,
     n_trajectories: int = 5,
-    max_iter: int = 150,
-    burn_in: int = 20,
+    max_iter: int = 200,
+    burn_in: int = 100,
     tol: float = 1e-3,
 ) -> FitReport:
     r"""Maximise the likelihood by stochastic-approximation EM.

@@ -164,27 +164,28 @@ def gradient(model: StateSpaceModel, batch: Batch, draws: Draws) -> dict[str, Te
         found = _grad(density.sum(), parameters)
     finite = all(bool(g.isfinite().all()) for g in found.values())
     if not finite or not bool(density.isfinite().all()):
-        raise ValueError(_blame(density, batch, parameters))
+        raise ValueError(_blame(model, batch, draws))
     return found
 
 
 def _grad(value: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     given = torch.autograd.grad(
-        value,
-        list(parameters.values()),
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
+        value, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
     return dict(zip(parameters, given, strict=True))
 
 
-def _blame(
-    density: Float[Tensor, "series"], batch: Batch, parameters: dict[str, nn.Parameter]
-) -> str:
+def _blame(model: StateSpaceModel, batch: Batch, draws: Draws) -> str:
     """Which series, and which parameter, the trouble comes from."""
-    for name, one in zip(batch.ids, density.unbind(), strict=True):
-        bad = [k for k, g in _grad(one, parameters).items() if not bool(g.isfinite().all())]
+    parameters = learnable(model)
+    for k, name in enumerate(batch.ids):
+        # Of its own: a derivative that is infinite elsewhere would spoil this one.
+        row = slice(k, k + 1)
+        z, x = (None if part is None else part[row] for part in (draws.z, draws.x))
+        with torch.enable_grad():
+            one = joint_log_density(model, batch.take(torch.tensor([k])), z, x).mean()
+            found = _grad(one, parameters)
+        bad = [key for key, g in found.items() if not bool(g.isfinite().all())]
         if bad or not bool(one.isfinite()):
             where = f"the gradient of {bad}" if bad else "the joint log-density"
             return (
