@@ -299,3 +299,13 @@ def test_priors_that_a_gaussian_does_not_suit_are_refused(proposal, law) -> None
 
     with pytest.raises(ValueError, match="not a density over the whole space"):
         Odd().filter(CUBIC, method="particle", n_particles=10, proposal=proposal, seed=0)
+
+
+@pytest.mark.parametrize("proposal", ["ekf", "ukf"])
+def test_priors_without_a_variance_are_refused(proposal) -> None:
+    class Wild(Cubic):
+        def transition(self, z, u):
+            return StudentT(2.0, z, 1.0)
+
+    with pytest.raises(ValueError, match="no finite mean and covariance"):
+        Wild().filter(CUBIC, method="particle", n_particles=10, proposal=proposal, seed=0)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -170,12 +170,13 @@ class Taylor:
             return value, spread.value
 
         try:
-            value, slope, spread = torch.func.jvp(means, (point,), (directions,), has_aux=True)
+            found: Any = torch.func.jvp(means, (point,), (directions,), has_aux=True)
         except NotImplementedError as error:
             raise ValueError(
                 "the model uses an operation without a forward-mode derivative, which the extended "
                 f"Kalman filter needs; use sigma points (method='ukf'): {error}"
             ) from error
+        value, slope, spread = found
         # Nothing of a law varies along the axis of directions but its derivative.
         if spread.ndim == point.ndim + int(joint):
             spread = spread[0]

@@ -17,8 +17,10 @@ Park and Kailath (1995), New square-root smoothing algorithms, *IEEE Trans. Auto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -356,6 +358,8 @@ class _Place(NamedTuple):
 
     def check(self, what: str, *moments: Tensor) -> None:
         """Raise a ValueError unless all moments of the active series are finite."""
+        if math.isfinite(sum(float(m.sum()) for m in moments)):
+            return
         finite = [m.isfinite().reshape(len(m), -1).all(1) for m in moments]
         bad = self.active & ~torch.stack(finite).all(0)
         if bool(bad.any()):
@@ -372,7 +376,7 @@ class _Place(NamedTuple):
         """The first series for which a call fails by itself."""
         for k in range(len(self.ids)):
             t = self.u.t[k : k + 1] if self.u.t.ndim else self.u.t
-            alone = [tree_map(lambda leaf, k=k: leaf[k : k + 1], arg) for arg in args]
+            alone = [tree_map(itemgetter(slice(k, k + 1)), arg) for arg in args]
             try:
                 function(Inputs(self.u.values[k : k + 1], t), *alone)
             except ValueError:

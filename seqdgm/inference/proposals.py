@@ -262,6 +262,11 @@ def _condition(
     lead = prior.batch_shape if prior.event_shape else prior.batch_shape[:-1]
     shape = torch.broadcast_shapes(lead, x.shape[:-1])
     mean, root = matched(prior, shape, model.latent_dim)
+    if not bool(torch.isfinite(mean.sum() + root.sum())):
+        raise ValueError(
+            f"the prior of {type(model).__name__} has no finite mean and covariance for every "
+            "particle, and a Gaussian does not suit it; use proposal='bootstrap'"
+        )
 
     def law(z: Tensor) -> Distribution:
         wide = tree_map(lambda leaf: leaf.expand(len(z), *leaf.shape), h)
