@@ -172,6 +172,7 @@ def resample(
             f"needed is {needed.dtype} of shape {tuple(needed.shape)}; it must be torch.bool of "
             f"shape ({n},)"
         )
+    _check_uniforms(uniforms)
     kernels = _kernels_for(log_weights.detach(), implementation)
     ancestors: Tensor = kernels.resample(scheme, log_weights.detach(), uniforms.detach(), needed)
     _check_drawn(ancestors[:, 0], "log_weights of series")
@@ -244,6 +245,7 @@ def pick(
             f"uniforms is {uniforms.dtype} of shape {tuple(uniforms.shape)}; it must be "
             f"torch.float64 of shape {tuple(log_weights.shape[:-1])}"
         )
+    _check_uniforms(uniforms)
     kernels = _kernels_for(log_weights.detach(), implementation)
     rows = log_weights.detach().reshape(-1, log_weights.shape[-1])
     drawn: Tensor = kernels.pick(rows, uniforms.detach().reshape(-1))
@@ -326,7 +328,7 @@ def bootstrap_linear_gaussian(
     problem = linear_problem(system, x, mask, lengths)
     with torch.no_grad():
         result: Bootstrapped = _kernels_for(x.detach(), implementation).bootstrap_linear_gaussian(
-            problem, n_particles, seed, threshold, moments
+            problem, n_particles, seed, float(threshold), moments
         )
     return result
 
@@ -397,7 +399,7 @@ def bootstrap_volatility(
     problem = volatility_problem(model, x, mask, lengths)
     with torch.no_grad():
         result: Bootstrapped = _kernels_for(x.detach(), implementation).bootstrap_volatility(
-            problem, n_particles, seed, threshold, moments
+            problem, n_particles, seed, float(threshold), moments
         )
     return result
 
@@ -440,6 +442,14 @@ def _check_weights(log_weights: Tensor, axes: int | None = None) -> None:
             f"log_weights has shape {tuple(log_weights.shape)}; it needs "
             f"{'(series, particle)' if axes else '(..., particle)'} with at least one particle"
         )
+
+
+def _check_uniforms(uniforms: Tensor) -> None:
+    """Refuse what compiled loops would write out of bounds for."""
+    if uniforms.numel():
+        low, high = (float(end) for end in uniforms.aminmax())
+        if not (low >= 0.0 and high < 1.0):
+            raise ValueError(f"uniforms range from {low} to {high}; they must lie in [0, 1)")
 
 
 def _check_options(n_particles: int, threshold: float) -> None:

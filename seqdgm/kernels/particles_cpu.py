@@ -96,9 +96,10 @@ def resample(
         return torch.from_numpy(out)
     loop, number = _compiled("resample"), SCHEMES.index(scheme)
     guided = 0 if scheme in ("systematic", "stratified") else count
+    summed = BLOCK if scheme == "systematic" else count
 
     def run(start: int, stop: int) -> None:
-        c, guide = np.empty(count), np.empty(guided, dtype=np.int64)
+        c, guide = np.empty(summed), np.empty(guided, dtype=np.int64)
         starts = np.empty(BLOCK + 1, dtype=np.uint32)
         loop(number, x, u, wanted, start, stop, c, guide, starts, out)
 
@@ -109,11 +110,10 @@ def resample(
 def _resample_blocks(log_weights: np.ndarray, u: float, out: np.ndarray) -> None:
     """Systematic ancestors of one long series, its blocks in threads."""
     count = len(log_weights)
-    c, sums = np.empty(count), np.zeros(-(-count // BLOCK) + 1)
-    loop = _compiled("blocks")
+    sums, loop = np.zeros(-(-count // BLOCK) + 1), _compiled("blocks")
 
     def run(start: int, stop: int, out: np.ndarray) -> None:
-        starts = np.empty(BLOCK + 1, dtype=np.uint32)
+        c, starts = np.empty(BLOCK), np.empty(BLOCK + 1, dtype=np.uint32)
         loop(log_weights, u, start, stop, c, sums, starts, out)
 
     spread(lambda *part: run(*part, out[:0]), count, 20, block=BLOCK)

@@ -51,28 +51,33 @@ def quantise(log_weights: np.ndarray, shift: float, scale: float, out: np.ndarra
 @exact
 def accumulate(q: np.ndarray, start: float) -> float:
     """Make an array its cumulative sums from `start` on, and return the last."""
-    # Four sums side by side, each waiting for its own last addition only.
-    quarter = len(q) // 4
-    a, b, c, d = q[:quarter], q[quarter : 2 * quarter], q[2 * quarter :], q[3 * quarter :]
-    s0, s1, s2, s3 = start, 0.0, 0.0, 0.0
-    for i in range(quarter):
-        s0 += a[i]
-        s1 += b[i]
-        s2 += c[i]
-        s3 += d[i]
-        a[i] = s0
-        b[i] = s1
-        c[i] = s2
-        d[i] = s3
-    for i in range(quarter):
-        b[i] += s0
-        c[i] += s0 + s1
-        d[i] += s0 + s1 + s2
-    total = s0 + s1 + s2 + s3
-    rest = q[4 * quarter :]
+    total = start
+    whole = len(q) - len(q) % 8
+    for i in range(0, whole, 8):
+        # Sums of eight do not wait for those before them.
+        p = q[i : i + 8]
+        a, b, c, d, e, f, g, h = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+        b, d, f, h = b + a, d + c, f + e, h + g
+        c, d, g, h = c + b, d + b, g + f, h + f
+        e, f, g, h = e + d, f + d, g + d, h + d
+        p[0], p[1], p[2], p[3] = total + a, total + b, total + c, total + d
+        p[4], p[5], p[6] = total + e, total + f, total + g
+        total += h
+        p[7] = total
+    rest = q[whole:]
     for i in range(len(rest)):
         total += rest[i]
         rest[i] = total
+    return total
+
+
+@summed
+def quantised_sum(log_weights: np.ndarray) -> float:
+    """Sum of the quantised weights, exact in any order."""
+    wide()
+    total = 0.0
+    for i in range(len(log_weights)):
+        total += np.rint(exp(log_weights[i]) * UNIT)
     return total
 
 
@@ -228,6 +233,26 @@ def _killing(
 
 
 @exact
+def _systematic_row(
+    log_weights: np.ndarray, u: float, c: np.ndarray, starts: np.ndarray, out: np.ndarray
+) -> None:
+    """Systematic ancestors, with the cumulative sums of one block at a time in memory."""
+    n = len(log_weights)
+    total, before = 0.0, 0.0
+    for first in range(0, n, BLOCK):
+        total += quantised_sum(log_weights[first : first + BLOCK])
+    if not 0.0 < total < math.inf:
+        out[:] = -1
+        return
+    for first in range(0, n, BLOCK):
+        part = c[: min(BLOCK, n - first)]
+        quantise(log_weights[first : first + BLOCK], 0.0, UNIT, part)
+        after = accumulate(part, before)
+        place(part, first, before, 0.0, total, u, n, starts, out)
+        before = after
+
+
+@exact
 def _row(
     scheme: int,
     log_weights: np.ndarray,
@@ -238,12 +263,13 @@ def _row(
     out: np.ndarray,
 ) -> None:
     """Ancestors of one series; -1 if no weight is positive."""
+    if scheme == SYSTEMATIC:
+        _systematic_row(log_weights, u[0], c, starts, out)
+        return
     quantise(log_weights, 0.0, UNIT, c)
     total = _cumulate(c)
     if not 0.0 < total < math.inf:
         out[:] = -1
-    elif scheme == SYSTEMATIC:
-        _systematic(c, total, u[0], starts, out)
     elif scheme == STRATIFIED:
         _stratified(c, total, u, out)
     else:
@@ -279,14 +305,14 @@ def bind_resample(digest: str) -> Callable[..., None]:
             if needed[s]:
                 _row(scheme, log_weights[s], uniforms[s], c, guide, starts, out[s])
             else:
-                for k in range(len(c)):
+                for k in range(out.shape[1]):
                     out[s, k] = k
 
     return resample
 
 
 def bind_blocks(digest: str) -> Callable[..., None]:
-    """The loop over blocks of one long series, in two passes: add up, and write what they own."""
+    """Blocks of one long series, in two passes: add up, and write the ancestors that they own."""
 
     def blocks(
         log_weights: np.ndarray,
@@ -299,16 +325,18 @@ def bind_blocks(digest: str) -> Callable[..., None]:
         out: np.ndarray,
     ) -> None:
         _ = digest
-        n = len(c)
+        n = len(log_weights)
         for first in range(start, stop, BLOCK):
-            part = c[first : first + BLOCK]
+            weights = log_weights[first : first + BLOCK]
             b = first // BLOCK
             if len(out) == 0:
-                quantise(log_weights[first : first + BLOCK], 0.0, UNIT, part)
-                sums[b + 1] = accumulate(part, 0.0)
+                sums[b + 1] = quantised_sum(weights)
             else:
-                offset = sums[b]
-                place(part, first, offset, offset, sums[len(sums) - 1], u, n, starts, out)
+                part = c[: len(weights)]
+                quantise(weights, 0.0, UNIT, part)
+                before = sums[b]
+                accumulate(part, before)
+                place(part, first, before, 0.0, sums[len(sums) - 1], u, n, starts, out)
 
     return blocks
 

@@ -227,7 +227,7 @@ def _bootstrap(
     )
     stderr = _stderr(cloud, n, options)
     if cloud is not None:
-        stderr = torch.where(cloud.alive | (lengths == 0), stderr, torch.nan)
+        stderr = torch.where(cloud.alive, stderr, torch.nan).masked_fill(lengths == 0, 0.0)
     return Bootstrapped(increments, ess, stderr, mean, var)
 
 

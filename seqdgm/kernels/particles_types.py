@@ -59,7 +59,9 @@ class Bootstrapped(NamedTuple):
         Effective sample size after each step, before resampling.
     stderr : (series,)
         Standard error of the log-evidence (Lee and Whiteley 2018, equation 8); infinite where all
-        particles descend from one, NaN where a series ended early.
+        particles descend from one, NaN where a series ended early. It is derived for multinomial
+        resampling; systematic resampling makes families vary less than their shares of the
+        evidence do, and the error comes out too small, by a quarter where every step resamples.
     mean, var : (series, time, state), or None
         Estimated mean and variance of each element of z_t given x_1..t.
     """
