@@ -18,7 +18,7 @@ from seqdgm.kernels.particles_cuda_bootstrap import (
     bootstrap_linear_gaussian,
     bootstrap_volatility,
 )
-from seqdgm.kernels.particles_cuda_layout import LARGEST_CHUNK, layout, readable, tables
+from seqdgm.kernels.particles_cuda_layout import layout, readable, tables
 from seqdgm.kernels.particles_cuda_weights import (
     ALL,
     FIRST,
@@ -39,6 +39,8 @@ __all__ = [
     "resample",
     "weigh",
 ]
+
+GATHERED, WIDEST = 1024, 128  # elements that a program gathers at once, and columns
 
 
 def weigh(log_weights: Float[Tensor, "series particle"]) -> Weighed:
@@ -98,8 +100,8 @@ def gather(x: Tensor, ancestors: Int[Tensor, "series particle"]) -> Tensor:
     # A complex number is two others; what the bits of an element mean does not matter.
     words = max(1, x.element_size() // 8)
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(x.element_size(), torch.int64)
-    WIDTH = min(triton.next_power_of_2(width * words), 128)
-    ROWS = LARGEST_CHUNK // WIDTH
+    WIDTH = min(triton.next_power_of_2(width * words), WIDEST)
+    ROWS = GATHERED // WIDTH
     with torch.cuda.device_of(x):
         gather_kernel[(triton.cdiv(count, ROWS), n)](
             flat.view(-1).view(kind), ancestors.contiguous(), out.view(-1).view(kind), count,

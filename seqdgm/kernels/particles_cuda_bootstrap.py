@@ -24,9 +24,6 @@ from seqdgm.kernels.particles_cuda_models import Linear, LogVariance
 from seqdgm.kernels.particles_reference import _Cloud, _stderr
 from seqdgm.kernels.particles_types import Bootstrapped, LinearProblem, VolatilityProblem
 
-# State elements up to which a thread has four particles; with more it has two.
-WIDE_STATE = 4
-
 
 def bootstrap_linear_gaussian(
     problem: LinearProblem, n_particles: int, seed: int, threshold: float, moments: bool
@@ -96,7 +93,7 @@ def _filter(
 ) -> Bootstrapped:
     n, steps = seen.shape
     like = model.y
-    plan = layout(n, count, each=4 if state <= WIDE_STATE else 2)
+    plan = layout(n, count)
     cloud = _cloud(like, n, state, plan, moments)
     kept = n if moments else 0
     results = Results(

@@ -105,7 +105,7 @@ def move(
     shift, _, _, needed, resamplings, _ = status
     seed, flat = tl.load(panel.seed), tl.load(panel.options + 1)
     old, new = ((t + 1) & 1) * axes.series + n, (t & 1) * axes.series + n
-    draws = (seed, n.to(tl.int32), t)
+    draws = (panel.seed, n.to(tl.int32), t)
     total, u = flat * 0.0, flat * 0.0
     if needed != 0:
         total = total_before(tables, n, program, size, PROGRAMS)
@@ -185,11 +185,9 @@ def settle(
     if resample:
         tabulate_span(own, place, shift, tables, size, CHUNK)
     if MOMENTS:
-        if alive:
-            for i in range(STATE):
-                z = cloud.z + (((t & 1) * axes.series + n) * STATE + i) * size.count
-                moments = span_moments(own, z, place, shift, CHUNK)
-                leave_moments(at, n, i, program, moments, cloud, results, size, STATE, PROGRAMS)
+        leave_moments(
+            t, place, alive, shift, own, cloud, results, size, axes, STATE, CHUNK, PROGRAMS
+        )
     return shift, ess, alive.to(tl.int32), resample.to(tl.int32), resamplings, t + 1
 
 
@@ -264,27 +262,34 @@ def span_moments(
 
 @triton.jit
 def leave_moments(
-    at: tl.tensor,
-    n: tl.tensor,
-    i: tl.tensor,
-    program: tl.tensor,
-    moments: tl.tuple,
+    t: tl.tensor,
+    place: tl.tuple,
+    alive: tl.tensor,
+    shift: tl.tensor,
+    log_weights: tl.tensor,
     cloud: tl.tuple,
     results: tl.tuple,
     size: tl.tuple,
+    axes: tl.tuple,
     STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ) -> None:
     """Write the moments of a series, or those of a span for `moments_kernel`."""
-    weight, mean, squares = moments
-    if PROGRAMS == 1:
-        tl.store(results.mean + at * STATE + i, mean)
-        tl.store(results.var + at * STATE + i, squares / weight)
-    else:
-        part = cloud.moments + (n * STATE + i) * 3 * size.programs + program
-        tl.store(part, weight)
-        tl.store(part + size.programs, mean)
-        tl.store(part + 2 * size.programs, squares)
+    n, program, _, _ = place
+    if alive:
+        at = (n * axes.steps + t) * STATE
+        for i in range(STATE):
+            z = cloud.z + (((t & 1) * axes.series + n) * STATE + i) * size.count
+            weight, mean, squares = span_moments(log_weights, z, place, shift, CHUNK)
+            if PROGRAMS == 1:
+                tl.store(results.mean + at + i, mean)
+                tl.store(results.var + at + i, squares / weight)
+            else:
+                part = cloud.moments + (n * STATE + i) * 3 * size.programs + program
+                tl.store(part, weight)
+                tl.store(part + size.programs, mean)
+                tl.store(part + 2 * size.programs, squares)
 
 
 # ---------------------------------------------------------------- launched

@@ -11,7 +11,8 @@ from seqdgm.kernels.particles_cuda_steps import Size, Tables
 
 BLOCK = 4096  # particles up to which one program does a series
 RESIDENT = 1024  # programs that fill a GPU several times over
-SMALLEST_CHUNK, LARGEST_CHUNK = 128, 1024
+SMALLEST_CHUNK, LARGEST_CHUNK = 128, 512
+EACH = 2  # particles of a thread: a pair, which shares its normal draws
 
 
 class Layout(NamedTuple):
@@ -28,16 +29,16 @@ class Layout(NamedTuple):
         return self.size.programs == 1
 
 
-def layout(n: int, count: int, *, each: int = 4) -> Layout:
-    """Layout for `n` series of `count` particles, `each` of which share a thread."""
-    chunk = min(max(triton.next_power_of_2(count), SMALLEST_CHUNK), LARGEST_CHUNK * each // 4)
+def layout(n: int, count: int) -> Layout:
+    """Layout for `n` series of `count` particles."""
+    chunk = min(max(triton.next_power_of_2(count), SMALLEST_CHUNK), LARGEST_CHUNK)
     programs = 1
     if count > BLOCK:
         programs = max(1, min(triton.cdiv(count, chunk), RESIDENT // n))
     span = triton.cdiv(triton.cdiv(count, programs), chunk) * chunk
     programs = triton.cdiv(count, span)
     size = Size(count, programs, span, *(1 << k.bit_length() - 1 for k in (count, span, programs)))
-    return Layout(size, chunk, triton.next_power_of_2(programs), max(1, chunk // (32 * each)))
+    return Layout(size, chunk, triton.next_power_of_2(programs), chunk // (32 * EACH))
 
 
 def tables(like: Tensor, n: int, plan: Layout) -> Tables:

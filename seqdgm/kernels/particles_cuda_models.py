@@ -44,8 +44,10 @@ class LogVariance(NamedTuple):
 
 @triton.jit
 def paired(draws: tl.tuple, pair: tl.tensor, half: tl.tensor, purpose: tl.tensor) -> tl.tensor:
-    """Normal draws of the particles of pairs; `draws` is the seed, the series and the step."""
+    """Normal draws of the particles of pairs; `draws`: address of the seed, series, step."""
     seed, n, t = draws
+    # A seed that is read anew keeps no registers for the keys of all rounds.
+    seed = tl.load(seed, volatile=True)
     cosine, sine = normals(seed, n, pair, t, tl.to_tensor(purpose))
     return tl.where(half == 0, cosine, sine)
 
@@ -65,7 +67,7 @@ def move_linear(
 ) -> tuple[tl.tuple, tl.tensor]:
     """States after a step, and the log-density of the observation.
 
-    `before` are the addresses of the ancestors, `known` says which there are: at the first step none.
+    `before` are the addresses of the ancestors, `known` says which there are; at first none.
     """
     _, n, t = draws
     n, later = n.to(tl.int64), t > 0
@@ -77,11 +79,13 @@ def move_linear(
         root = dynamics + STATE
     z = ()
     for i in tl.static_range(STATE):
-        z = z + (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)
+        z += (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)
+    for j in range(STATE):
+        old = tl.load(before + j * count, mask=known, other=0.0)
+        z = add_column(z, F + j, old, later, STATE)
     for j in range(STATE):
         e = paired(draws, pair, half, j)
-        old = tl.load(before + j * count, mask=known, other=0.0)
-        z = add_column(z, F + j, root + j, old, e, later, STATE)
+        z = add_column(z, root + j, e, t >= 0, STATE)
     at = (n * steps + t) * obs
     emission = model.emission + n * model.emission_by_series
     emission += t.to(tl.int64) * model.emission_by_step
@@ -96,19 +100,12 @@ def move_linear(
 
 @triton.jit
 def add_column(
-    z: tl.tuple,
-    F: tl.tensor,
-    root: tl.tensor,
-    old: tl.tensor,
-    e: tl.tensor,
-    later: tl.tensor,
-    STATE: tl.constexpr,
+    z: tl.tuple, column: tl.tensor, x: tl.tensor, wanted: tl.tensor, STATE: tl.constexpr
 ) -> tl.tuple:
-    """What one element of the state before and of the noise adds to all elements."""
+    """Add a column of a square matrix times a number to a vector."""
     new = ()
     for i in tl.static_range(STATE):
-        moved = z[i] + tl.load(F + i * STATE, mask=later, other=0.0) * old
-        new = new + (moved + tl.load(root + i * STATE) * e,)
+        new += (z[i] + tl.load(column + i * STATE, mask=wanted, other=0.0) * x,)
     return new
 
 
@@ -141,10 +138,9 @@ def move_volatility(
         z = tl.load(own + 3) + tl.load(own + 4) * e
     else:
         old = tl.load(before, mask=known, other=0.0)
-        if leverage != 0.0:
-            if tl.load(model.mask + at - 1) != 0:
-                shock = tl.load(model.y + at - 1) * tl.exp(-0.5 * old)
-                e = leverage * shock + tl.sqrt(1.0 - leverage * leverage) * e
+        if (leverage != 0.0) & (tl.load(model.mask + at - 1) != 0):
+            shock = tl.load(model.y + at - 1) * tl.exp(-0.5 * old)
+            e = leverage * shock + tl.sqrt(1.0 - leverage * leverage) * e
         z = mu + rho * (old - mu) + sigma * e
     gain = tl.zeros(known.shape, tl.float64)
     if tl.load(model.mask + at) != 0:

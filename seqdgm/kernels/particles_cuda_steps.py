@@ -158,9 +158,7 @@ def conclude(sums: tl.tuple) -> tuple[tl.tensor, tl.tensor]:
     log_total = reference_point(top) + tl.log(total)
     finite = tl.abs(log_total) < float("inf")
     ess = total * total / squares
-    return log_total, tl.where(
-        finite, ess, tl.where(log_total == float("-inf"), 0.0, float("nan"))
-    )
+    return log_total, tl.where(finite, ess, tl.where(log_total == float("-inf"), 0.0, float("nan")))
 
 
 # ---------------------------------------------------------------- ancestors
@@ -203,9 +201,7 @@ def total_before(
 
 
 @triton.jit
-def search(
-    sums: tl.tensor, length: tl.tensor, highest: tl.tensor, level: tl.tensor
-) -> tl.tensor:
+def search(sums: tl.tensor, length: tl.tensor, highest: tl.tensor, level: tl.tensor) -> tl.tensor:
     """Count the first of the `length` increasing sums that do not exceed the level."""
     found = tl.zeros(level.shape, tl.int32)
     step = tl.to_tensor(highest)
