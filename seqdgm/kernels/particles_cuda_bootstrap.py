@@ -112,7 +112,7 @@ def _filter(
     if steps:
         with torch.cuda.device_of(like):
             _launch(shared, plan, n, steps, state, moments)
-    stderr = _evidence_stderr(cloud, plan, n, steps)
+    stderr = _evidence_stderr(cloud, plan, n, steps) if steps else like.new_zeros(n)
     found = (results.mean, results.var) if moments else (None, None)
     return Bootstrapped(results.increments, results.ess, stderr, *found)
 
@@ -162,7 +162,7 @@ def _cloud(like: Tensor, n: int, state: int, plan: Layout, moments: bool) -> Clo
 
 def _evidence_stderr(cloud: Cloud, plan: Layout, n: int, steps: int) -> Float[Tensor, "series"]:
     """Standard error of the log-evidence from what the last step has left."""
-    last = 0 if plan.one and steps else (steps + 1) % 2
+    last = 0 if plan.one else (steps + 1) % 2
     shift, ess, _, _, resamplings, done = cloud.status[last].unbind(1)
     series = torch.arange(n, device=ess.device)
     log_weights = cloud.log_weights[(done.long() + 1) % 2, series] - shift[:, None]
