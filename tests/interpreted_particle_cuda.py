@@ -24,6 +24,11 @@ __all__ = ["quick_interpreter"]
 
 SPREAD = ["one program", "several programs"]
 SEED = 2**63 + 12345
+# Stratified and multinomial resampling are shorter ways through the same lines.
+SCHEMES = [
+    pytest.param(s, marks=pytest.mark.slow) if s in ("stratified", "multinomial") else s
+    for s in particles.SCHEMES
+]
 
 
 @pytest.fixture(params=SPREAD)
@@ -164,7 +169,7 @@ def test_weigh(spread: str) -> None:
     np.testing.assert_allclose(found.total[[0, 4]], exact, rtol=1e-15, atol=1e-14)
 
 
-@pytest.mark.parametrize("scheme", particles.SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_resample(spread: str, scheme: Any) -> None:
     log_weights = particles.weigh(some_weights(3, 150), implementation="reference").log_weights
     log_weights[1] = -torch.inf
@@ -211,7 +216,9 @@ def test_pick(spread: str) -> None:
 # ---------------------------------------------------------------- bootstrap filters
 
 
-def a_system(rng: np.random.Generator, state: int, obs: int, *, own: int = 1, varying: int = 1) -> System:
+def a_system(
+    rng: np.random.Generator, state: int, obs: int, *, own: int = 1, varying: int = 1
+) -> System:
     noise = rng.normal(0, 0.3, (own, 1, obs, obs))
     return System(
         tensor(rng.normal(0, 0.5, (1, varying, state, state))),
@@ -260,6 +267,7 @@ def test_volatility_filter_with_leverage(spread: str) -> None:
     assert float(found.increments[2].sum()) == -np.inf
 
 
+@pytest.mark.slow
 def test_volatility_filter_with_heavy_tails(spread: str) -> None:
     x = tensor([[0.4, 9.0], [0.1, 0.2]])
     model = particles.Volatility(
