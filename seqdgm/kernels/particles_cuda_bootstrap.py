@@ -148,13 +148,12 @@ def _cloud(like: Tensor, n: int, state: int, plan: Layout, moments: bool) -> Clo
     spans = size.programs if moments and not plan.one else 0
     cloud = Cloud(
         like.new_empty(2, n, state, size.count),
-        like.new_empty(2, n, size.count),
+        like.new_full((n, size.count), -math.log(size.count)),
         torch.empty(2, n, size.count, dtype=torch.int32, device=like.device),
         like.new_empty(n, 3, size.programs),
         like.new_empty(n, state, 3, spans),
         like.new_zeros(2, n, 6),
     )
-    cloud.log_weights[1] = -math.log(size.count)
     cloud.eve[0] = torch.arange(size.count, device=like.device)
     cloud.status[1, :, 1], cloud.status[1, :, 2] = size.count, 1.0
     return cloud
@@ -163,12 +162,13 @@ def _cloud(like: Tensor, n: int, state: int, plan: Layout, moments: bool) -> Clo
 def _evidence_stderr(cloud: Cloud, plan: Layout, n: int, steps: int) -> Float[Tensor, "series"]:
     """Standard error of the log-evidence from what the last step has left."""
     last = 0 if plan.one else (steps + 1) % 2
-    shift, ess, _, _, resamplings, done = cloud.status[last].unbind(1)
+    shift, ess, alive, _, resamplings, _ = cloud.status[last].unbind(1)
     series = torch.arange(n, device=ess.device)
-    log_weights = cloud.log_weights[(done.long() + 1) % 2, series] - shift[:, None]
+    log_weights = cloud.log_weights - shift[:, None]
     eve = cloud.eve[resamplings.long() % 2, series].long()
-    end = _Cloud(cloud.z, log_weights, eve, ess, resamplings.long(), ess > 0)
-    return _stderr(end, n, {"dtype": ess.dtype, "device": ess.device})
+    end = _Cloud(cloud.z, log_weights, eve, ess, resamplings.long(), alive > 0)
+    stderr = _stderr(end, n, {"dtype": ess.dtype, "device": ess.device})
+    return torch.where(alive > 0, stderr, torch.nan)
 
 
 def _broadcast(axes: int, *fields: Tensor) -> list[Tensor]:

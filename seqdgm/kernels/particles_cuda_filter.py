@@ -6,8 +6,8 @@ cumulative sums are tabulated. One program that does a series runs through all s
 several programs are launched for each half, and what they know of the series lies in memory.
 
 Particles come in pairs, `RUN` apart, that share a pair of normal draws: a tile has two rows, the
-first and the second of each pair, and a thread has both. Particles and weights are kept in two
-copies, one read and one written, that swap at every step; first ancestors swap when they change.
+first and the second of each pair, and a thread has both. Particles are kept in two copies, one read
+and one written, that swap at every step; first ancestors are too, and swap when they change.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cloud(NamedTuple):
     """The particles of all series."""
 
     z: Any  # (2, series, state, particle)
-    log_weights: Any  # (2, series, particle)
+    log_weights: Any  # (series, particle)
     eve: Any  # first ancestors, int32 (2, series, particle)
     partials: Any  # sums of the weights of each span (series, 3, programs)
     moments: Any  # weight, mean and sum of squares of each span (series, state, 3, programs)
@@ -105,6 +105,7 @@ def move(
     shift, _, _, needed, resamplings, _ = status
     seed, flat = tl.load(panel.seed), tl.load(panel.options + 1)
     old, new = ((t + 1) & 1) * axes.series + n, (t & 1) * axes.series + n
+    weights = cloud.log_weights + n * size.count
     draws = (panel.seed, n.to(tl.int32), t)
     total, u = flat * 0.0, flat * 0.0
     if needed != 0:
@@ -126,8 +127,7 @@ def move(
             tl.store(heirs + particle, eve, mask=inside)
             log_weights = tl.zeros(ancestor.shape, tl.float64) + flat
         else:
-            kept = cloud.log_weights + old * size.count + particle
-            log_weights = tl.load(kept, mask=inside, other=float("-inf")) - shift
+            log_weights = tl.load(weights + particle, mask=inside, other=float("-inf")) - shift
         before = cloud.z + old * STATE * size.count + ancestor
         known = particle < tl.where(t > 0, last, 0)
         if LINEAR:
@@ -139,7 +139,7 @@ def move(
         for i in tl.static_range(STATE):
             tl.store(cloud.z + (new * STATE + i) * size.count + particle, z[i], mask=inside)
         log_weights = tl.where(inside, log_weights + gain, float("-inf"))
-        tl.store(cloud.log_weights + new * size.count + particle, log_weights, mask=inside)
+        tl.store(weights + particle, log_weights, mask=inside)
         sums = add_weights(sums, log_weights)
     return sums
 
@@ -166,14 +166,12 @@ def settle(
 ) -> tl.tuple:
     """Conclude a step, and tabulate the weights where the next one resamples."""
     n, program, _, _ = place
-    shift, ess, _, needed, resamplings, _ = status
+    _, ess, _, needed, resamplings, _ = status
     at = n * axes.steps + t
     total, new_ess = conclude(sums)
     update = tl.load(panel.seen + at) != 0
     good = update & (tl.abs(total) < float("inf"))
     alive = good | ~update
-    if ~alive:
-        restore(t, place, shift, needed, panel, cloud, size, axes, CHUNK)
     resamplings += needed
     ess = tl.where(good, new_ess, tl.where(needed != 0, size.count, ess))
     shift = tl.where(good, total, 0.0)
@@ -181,7 +179,7 @@ def settle(
     tl.store(results.ess + at, ess, mask=alive & (program == 0))
     further = (t + 1 < tl.load(panel.lengths + n)) & (size.count > 1)
     resample = alive & further & (ess < tl.load(panel.options))
-    own = cloud.log_weights + ((t & 1) * axes.series + n) * size.count
+    own = cloud.log_weights + n * size.count
     if resample:
         tabulate_span(own, place, shift, tables, size, CHUNK)
     if MOMENTS:
@@ -189,30 +187,6 @@ def settle(
             t, place, alive, shift, own, cloud, results, size, axes, STATE, CHUNK, PROGRAMS
         )
     return shift, ess, alive.to(tl.int32), resample.to(tl.int32), resamplings, t + 1
-
-
-@triton.jit
-def restore(
-    t: tl.tensor,
-    place: tl.tuple,
-    shift: tl.tensor,
-    needed: tl.tensor,
-    panel: tl.tuple,
-    cloud: tl.tuple,
-    size: tl.tuple,
-    axes: tl.tuple,
-    CHUNK: tl.constexpr,
-) -> None:
-    """Put back the weights of before a step at which they had no sum."""
-    n, _, first, last = place
-    old, new = ((t + 1) & 1) * axes.series + n, (t & 1) * axes.series + n
-    flat = tl.load(panel.options + 1)
-    for start in range(first, last, CHUNK):
-        particle = start + tl.arange(0, CHUNK)
-        inside = particle < last
-        kept = tl.load(cloud.log_weights + old * size.count + particle, mask=inside)
-        kept = tl.where(needed != 0, flat, kept - shift)
-        tl.store(cloud.log_weights + new * size.count + particle, kept, mask=inside)
 
 
 @triton.jit
