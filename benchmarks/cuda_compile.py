@@ -1,8 +1,8 @@
 """Compile the CUDA kernels for two GPU generations, without a GPU, and record what they take.
 
 Registers, spills and shared memory are those that ptxas reports for the very variants that
-`seqdgm.kernels.cuda` launches. Needs triton; sets nothing on the machine, and writes
-`results/cuda_compile.json` unless told otherwise.
+`seqdgm.kernels.cuda` and `seqdgm.kernels.particles_cuda` launch. Needs triton; sets nothing on the
+machine, and writes `results/cuda_compile.json` unless told otherwise.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ except ImportError:
     raise SystemExit(0) from None
 
 from seqdgm.kernels import cuda_steps as steps
+from seqdgm.kernels import particles_cuda_filter as bootstrap
+from seqdgm.kernels import particles_cuda_layout, particles_cuda_models
+from seqdgm.kernels import particles_cuda_weights as weights
 from seqdgm.kernels.cuda import layout
 from seqdgm.kernels.cuda_filter import filter_kernel
 from seqdgm.kernels.cuda_smoother import smoother_kernel
+from seqdgm.kernels.particles_cuda_steps import Size, Tables
 
 RESULTS = Path(__file__).parent / "results" / "cuda_compile.json"
 ARCHITECTURES = (80, 90)
@@ -71,30 +75,122 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# Particles: kernel, its constants, and whether multiplications and additions may be fused.
+COUNT, SEVERAL = 1000, 10**6  # particles of a series that one program does, and many
+BYTES, INT = "*u8", "*i32"
+PARTICLE_TYPES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("log_weights", "uniforms", "normalised", "result", "partials", "spans"), DOUBLE
+    ),
+    **dict.fromkeys(("x", "ancestors", "out", "picked"), INDEX),
+    **dict.fromkeys(("count", "given", "width", "t"), "i32"),
+    "needed": BYTES,
+    "tables": Tables(*[DOUBLE] * 3),
+    "copies": Tables(*[DOUBLE] * 3),
+    "size": Size(*["i32"] * 6),
+    "axes": bootstrap.Axes(*["i32"] * 3),
+    "panel": bootstrap.Panel(INDEX, BYTES, INDEX, DOUBLE),
+    "cloud": bootstrap.Cloud(DOUBLE, DOUBLE, INT, *[DOUBLE] * 3),
+    "results": bootstrap.Results(*[DOUBLE] * 4),
+}
+LINEAR = particles_cuda_models.Linear(*[DOUBLE] * 4, BYTES, *["i32"] * 5)
+VOLATILITY = particles_cuda_models.LogVariance(DOUBLE, DOUBLE, BYTES, "i32", "i32")
+
+
+def resampling(scheme: int, phase: Any) -> dict[str, Any]:
+    return {"SCHEME": scheme, "PHASE": phase.value}
+
+
+def filtering(state: int, *, moments: bool = False, **more: Any) -> dict[str, Any]:
+    return {"LINEAR": state > 0, "STATE": max(1, state), "MOMENTS": moments, **more}
+
+
+PARTICLES: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "weigh": (weights.weigh_kernel, COUNT, {"PHASE": weights.ALL.value}),
+    "systematic": (weights.resample_kernel, COUNT, resampling(0, weights.ALL)),
+    "residual": (weights.resample_kernel, COUNT, resampling(3, weights.ALL)),
+    "killing": (weights.resample_kernel, COUNT, resampling(4, weights.ALL)),
+    "systematic, several programs": (
+        weights.resample_kernel,
+        SEVERAL,
+        resampling(0, weights.LAST),
+    ),
+    "gather": (weights.gather_kernel, COUNT, {"ROWS": 256, "WIDTH": 4}),
+    "pick": (weights.pick_kernel, COUNT, {}),
+    "bootstrap, volatility": (bootstrap.filter_kernel, COUNT, filtering(0)),
+    "bootstrap, state 1": (bootstrap.filter_kernel, COUNT, filtering(1)),
+    "bootstrap, state 4": (bootstrap.filter_kernel, COUNT, filtering(4)),
+    "bootstrap, state 4, moments": (bootstrap.filter_kernel, COUNT, filtering(4, moments=True)),
+    "bootstrap, state 16": (bootstrap.filter_kernel, COUNT, filtering(16)),
+    "first half, volatility": (
+        bootstrap.half_step_kernel,
+        SEVERAL,
+        filtering(0, SECOND=False),
+    ),
+    "first half, state 4": (bootstrap.half_step_kernel, SEVERAL, filtering(4, SECOND=False)),
+    "first half, state 16": (bootstrap.half_step_kernel, SEVERAL, filtering(16, SECOND=False)),
+    "second half, moments": (
+        bootstrap.half_step_kernel,
+        SEVERAL,
+        filtering(4, moments=True, SECOND=True),
+    ),
+    "moments, several programs": (bootstrap.moments_kernel, SEVERAL, {"STATE": 4}),
+}
+
+
 def compile_variant(name: str, state: int, architecture: int) -> dict[str, Any]:
-    """Compile one kernel to a cubin and read what it takes."""
+    """Compile one Gaussian kernel to a cubin and read what it takes."""
     kernel, types, constants = VARIANTS[name]
     blocks = layout(state)
     constants = {**constants, "B": blocks.B, "S": blocks.S}
-    signature = {**COMMON, **types, **dict.fromkeys(constants, "constexpr")}
+    about = {"state": state, "series_per_program": blocks.B}
+    types = {**COMMON, **types}
+    return compiled(name, kernel, types, constants, about, blocks.warps, architecture)
+
+
+def compile_particles(name: str, architecture: int) -> dict[str, Any]:
+    """Compile one particle kernel to a cubin and read what it takes."""
+    kernel, count, constants = PARTICLES[name]
+    plan = particles_cuda_layout.layout(1, count)
+    sizes = {"CHUNK": plan.chunk, "PROGRAMS": plan.programs}
+    constants = {**{key: sizes[key] for key in sizes if key in kernel.arg_names}, **constants}
+    model = LINEAR if constants.get("LINEAR") else VOLATILITY
+    about = {"particles": count, "particles_at_once": plan.chunk}
+    # Ancestors are rounded after every operation, as the reference does.
+    fused = kernel is not weights.resample_kernel
+    types = {**PARTICLE_TYPES, "model": model}
+    return compiled(name, kernel, types, constants, about, plan.warps, architecture, fused=fused)
+
+
+def compiled(
+    name: str,
+    kernel: Any,
+    types: dict[str, Any],
+    constants: dict[str, Any],
+    about: dict[str, Any],
+    warps: int,
+    architecture: int,
+    *,
+    fused: bool = True,
+) -> dict[str, Any]:
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(
         fn=kernel,
         signature={key: signature[key] for key in kernel.arg_names},
         constexprs=constants,
     )
-    options = {"num_warps": blocks.warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": fused}
     start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     seconds = time.perf_counter() - start
     return {
         "kernel": name,
-        "state": state,
+        **about,
         "architecture": f"sm_{architecture}",
-        "series_per_program": blocks.B,
-        "warps": blocks.warps,
-        **resources(compiled.asm["ptx"], architecture),
-        "shared_bytes": compiled.metadata.shared,
-        "cubin_bytes": len(compiled.asm["cubin"]),
+        "warps": warps,
+        **resources(result.asm["ptx"], architecture),
+        "shared_bytes": result.metadata.shared,
+        "cubin_bytes": len(result.asm["cubin"]),
         "compile_seconds": round(seconds, 1),
     }
 
@@ -129,17 +225,28 @@ def resources(ptx: str, architecture: int) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--states", type=int, nargs="+", default=STATES)
-    parser.add_argument("--kernels", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--kernels", nargs="+", choices=VARIANTS, help="Gaussian kernels")
+    parser.add_argument("--particles", nargs="+", choices=PARTICLES, help="particle kernels")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    rows = []
+    # Who asks for some kernels wants no others.
+    some = arguments.kernels or arguments.particles or arguments.states is not STATES
+    kernels = arguments.kernels or ([] if arguments.particles else VARIANTS)
+    particles = arguments.particles or ([] if some else PARTICLES)
+    result: dict[str, Any] = {"triton": metadata.version("triton"), "kernels": [], "particles": []}
+    for architecture in ARCHITECTURES:
+        for name in particles:
+            keep(result["particles"], compile_particles(name, architecture))
     for state in arguments.states:
-        for name in arguments.kernels:
+        for name in kernels:
             for architecture in ARCHITECTURES:
-                rows.append(compile_variant(name, state, architecture))
-                print(json.dumps(rows[-1]), flush=True)
-    result = {"triton": metadata.version("triton"), "kernels": rows}
+                keep(result["kernels"], compile_variant(name, state, architecture))
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    rows.append(row)
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
