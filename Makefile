@@ -70,9 +70,10 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 # Files that begin with an underscore are helpers of the scripts, not scripts.
-# One thread for everybody, which is the fastest setting of all contenders on matrices this small.
+# One thread for everybody, which is the fastest setting of all contenders on matrices this small;
+# NPROC is what JAX heeds.
 bench: $(VENV)/.installed
-	@set -e; export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1; \
+	@set -e; export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NPROC=1; \
 	for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:

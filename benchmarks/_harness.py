@@ -38,13 +38,14 @@ class Contender:
 
     `prepare` imports what it needs, builds models and data and returns the call to be timed;
     `value` reads the number to be compared off the result of that call. `package` is None for
-    seqdgm itself.
+    seqdgm itself. The ratio is never taken to one that does not count, because it does less work.
     """
 
     name: str
     prepare: Callable[[], Call]
     value: Callable[[Any], Any] = float
     package: str | None = None
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Timing:
     name: str
     package: str | None
     first_seconds: float
+    counts: bool = True
     calls_per_sample: int = 1
     samples: list[float] = field(default_factory=list)
 
@@ -184,7 +186,7 @@ def run_task(task: Task, effort: Effort) -> dict[str, Any]:
     timings, warm, values = _first_calls(task, calls)
     agreement = task.agree(values)
     _measure(timings, calls, warm, effort, task.units)
-    peers = [t for t in timings if t.package is not None]
+    peers = [t for t in timings if t.package is not None and t.counts]
     best = min(peers, key=lambda t: t.median, default=None)
     return {
         "title": task.title,
@@ -203,7 +205,8 @@ def _prepare(task: Task) -> tuple[dict[str, Call], list[str]]:
         except ModuleNotFoundError as error:
             if contender.package is None or (error.name or "").split(".")[0] != contender.package:
                 raise
-            missing.append(contender.package)
+            if contender.package not in missing:
+                missing.append(contender.package)
     return calls, missing
 
 
@@ -222,7 +225,9 @@ def _first_calls(
             seconds, result = _timed(call, 1)
             found.append(contender.value(result))
             later.append(seconds)
-        timings.append(Timing(contender.name, contender.package, first / task.units))
+        timings.append(
+            Timing(contender.name, contender.package, first / task.units, contender.counts)
+        )
         warm[contender.name] = statistics.median(later)
         values[contender.name] = np.array(found, float)
     return timings, warm, values
@@ -302,7 +307,8 @@ def _cpu_name() -> str:
 
 
 def _threads() -> dict[str, Any]:
-    named = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    libraries = ("OMP", "MKL", "OPENBLAS", "NUMBA")
+    named = (*(f"{library}_NUM_THREADS" for library in libraries), "NPROC")  # the last is JAX's
     threads: dict[str, Any] = {name: os.environ[name] for name in named if name in os.environ}
     for name in ("torch", "numba"):
         if name in sys.modules:
