@@ -34,9 +34,15 @@ _HOME = {
     "StructuralSSM": "seqdgm.models.structural",
     "DynamicFactor": "seqdgm.models.dynamic_factor",
     "VARMA": "seqdgm.models.varma",
+    "StochasticVolatility": "seqdgm.models.stochastic_volatility",
+    "SwitchingLinearSSM": "seqdgm.models.switching",
     "RNN": "seqdgm.models.rnn",
     "DMM": "seqdgm.models.dmm",
     "load": "seqdgm.serialize",
+    "pmmh": "seqdgm.inference.pmcmc",
+    "particle_gibbs": "seqdgm.inference.particle_gibbs",
+    "smc2": "seqdgm.inference.smc2",
+    "ParameterPosterior": "seqdgm.inference.posterior",
     "backtest": "seqdgm.evaluation",
     "compare": "seqdgm.evaluation",
     "Comparison": "seqdgm.evaluation",
@@ -56,16 +62,22 @@ __all__ = [
     "LinearGaussianSSM",
     "LogProb",
     "Panel",
+    "ParameterPosterior",
     "SeasonalNaive",
     "SequenceModel",
     "StatePosterior",
     "StateSpaceModel",
+    "StochasticVolatility",
     "StructuralSSM",
+    "SwitchingLinearSSM",
     "backtest",
     "compare",
     "datasets",
     "load",
+    "particle_gibbs",
     "plotting",
+    "pmmh",
+    "smc2",
     "testing",
 ]
 
@@ -73,6 +85,10 @@ if TYPE_CHECKING:
     from seqdgm import datasets, plotting, testing
     from seqdgm.evaluation.backtest import backtest
     from seqdgm.evaluation.compare import Comparison, compare
+    from seqdgm.inference.particle_gibbs import particle_gibbs
+    from seqdgm.inference.pmcmc import pmmh
+    from seqdgm.inference.posterior import ParameterPosterior
+    from seqdgm.inference.smc2 import smc2
     from seqdgm.model import SequenceModel
     from seqdgm.models.arima import ARIMA, SeasonalNaive
     from seqdgm.models.auto_arima import AutoARIMA
@@ -80,7 +96,9 @@ if TYPE_CHECKING:
     from seqdgm.models.dynamic_factor import DynamicFactor
     from seqdgm.models.linear_gaussian import LinearGaussianSSM
     from seqdgm.models.rnn import RNN
+    from seqdgm.models.stochastic_volatility import StochasticVolatility
     from seqdgm.models.structural import StructuralSSM
+    from seqdgm.models.switching import SwitchingLinearSSM
     from seqdgm.models.varma import VARMA
     from seqdgm.panel import Panel
     from seqdgm.recursion import StateSpaceModel

@@ -10,7 +10,13 @@ import pytest
 import seqdgm
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/quickstart.md", "docs/models.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/quickstart.md",
+    "docs/models.md",
+    "docs/particles.md",
+]
 
 
 @pytest.mark.slow

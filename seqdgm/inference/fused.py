@@ -67,7 +67,10 @@ def bootstrap(
             threshold=options.threshold,
             moments=moments,
         )
-    bad = torch.nonzero(~torch.isfinite(out.increments))
+    possible = torch.isfinite(out.increments)
+    if options.collapse == "zero":
+        possible |= torch.isneginf(out.increments)
+    bad = torch.nonzero(~possible)
     if len(bad):
         k, t = bad[0].tolist()
         raise ValueError(
@@ -84,5 +87,8 @@ def _plain(model: StateSpaceModel, options: SMCOptions) -> bool:
         options.proposal == "auto" and not model.has_proposal
     )
     return from_prior and options == SMCOptions(
-        options.n_particles, threshold=options.threshold, proposal=options.proposal
+        options.n_particles,
+        threshold=options.threshold,
+        proposal=options.proposal,
+        collapse=options.collapse,
     )
