@@ -515,6 +515,21 @@ def test_volatility_filters_agree_particle_by_particle(name: str, count: int) ->
     agree(bootstrap_volatility, model, *volatility_data(), lengths, n_particles=count)
 
 
+def test_data_may_be_shared_without_a_copy(kernels: dict[str, Any]) -> None:
+    """Axes of stride 0 are read where they lie; each series still has its own draws."""
+    x, mask, lengths = (part[1:2] for part in linear_data())
+    options: dict[str, Any] = {"n_particles": 50, "seed": 6, **kernels}
+    found = [
+        bootstrap_linear_gaussian(linear_system(), *data, **options).increments
+        for data in (
+            (x.expand(3, -1, -1), mask.expand(3, -1, -1), lengths.expand(3)),
+            (x.repeat(3, 1, 1), mask.repeat(3, 1, 1), lengths.repeat(3)),
+        )
+    ]
+    assert (found[0] == found[1]).all()
+    assert (found[0][0, 0] != found[0][1:, 0]).all()
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_threads_change_nothing() -> None:
     """Four series are shared out whole; one series of many particles in blocks."""

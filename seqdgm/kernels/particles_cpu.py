@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -112,14 +112,14 @@ def _resample_blocks(log_weights: np.ndarray, u: float, out: np.ndarray) -> None
     count = len(log_weights)
     sums, loop = np.zeros(-(-count // BLOCK) + 1), _compiled("blocks")
 
-    def run(start: int, stop: int, out: np.ndarray) -> None:
+    def run(out: np.ndarray, start: int, stop: int) -> None:
         c, starts = np.empty(BLOCK), np.empty(BLOCK + 1, dtype=np.uint32)
         loop(log_weights, u, start, stop, c, sums, starts, out)
 
-    spread(lambda *part: run(*part, out[:0]), count, 20, block=BLOCK)
+    spread(partial(run, out[:0]), count, 20, block=BLOCK)
     np.cumsum(sums, out=sums)
     if 0.0 < sums[-1] < math.inf:
-        spread(lambda *part: run(*part, out), count, 20, block=BLOCK)
+        spread(partial(run, out), count, 20, block=BLOCK)
     else:
         out[:] = -1
 
@@ -167,7 +167,7 @@ def bootstrap_linear_gaussian(
         as_array(field, 0 if name in ("m0", "root0") else 1)
         for name, field in zip(problem._fields[:-1], problem[:-1], strict=True)
     ]
-    model = Model(*arrays, np.empty((0, 8)))
+    model = Model._make([*arrays, np.empty((0, 8))])
     return _bootstrap(model, problem.lengths, n_particles, seed, threshold, moments)
 
 
@@ -183,7 +183,7 @@ def bootstrap_volatility(
     volatility = torch.stack(columns, 1).numpy()
     y, mask = problem.y[..., None], problem.mask[..., None]
     nothing = [np.empty((0,) * axes) for axes in (4, 4, 3, 2, 3, 4, 3)]
-    model = Model(*nothing, as_array(y, 1), as_array(mask, 1), volatility)
+    model = Model._make([*nothing, as_array(y, 1), as_array(mask, 1), volatility])
     return _bootstrap(model, problem.lengths, n_particles, seed, threshold, moments)
 
 
@@ -210,8 +210,10 @@ def _bootstrap(
             loop(WHOLE, model, *memory, key, threshold, output, 0, ends, 0, start, stop)
 
         spread(run, n, steps * count * _WORK)
-    results = [torch.from_numpy(array) for array in output]
-    return Bootstrapped(*results) if moments else Bootstrapped(*results[:3], None, None)
+    increments, ess, stderr, mean, var = (torch.from_numpy(array) for array in output)
+    if moments:
+        return Bootstrapped(increments, ess, stderr, mean, var)
+    return Bootstrapped(increments, ess, stderr, None, None)
 
 
 def _share(

@@ -222,9 +222,10 @@ def _score_linear(model: Model, cloud: Cloud, scratch: Scratch, s: int, t: int, 
     n = len(log_weights)
     error = scratch.rows[len(scratch.rows) - 1, :n]
     h, var = _at(model.h, s, t), _at(model.var, s, t)
+    y, seen = _at(model.y, s, t), _at(model.mask, s, t)
     for i in range(len(var)):
-        if model.mask[s, t, i]:
-            error[:] = -model.y[s, t, i]
+        if seen[i]:
+            error[:] = -y[i]
             _add(error, h[i], z, _ZERO, first)
             scale, constant = 0.5 / var[i], 0.5 * (math.log(var[i]) + _LOG_2PI)
             for p in range(n):

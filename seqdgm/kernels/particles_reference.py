@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -195,22 +196,23 @@ def _bootstrap(
 ) -> Bootstrapped:
     n, steps = seen.shape
     device = seen.device
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
     series = torch.arange(n, device=device)
-    options = {"dtype": torch.float64, "device": device}
     increments, ess = torch.zeros(n, steps, **options), torch.full((n, steps), torch.nan, **options)
-    uniform_weights = torch.full((n, count), -math.log(count), **options)
-    cloud: _Cloud | None = None
+    cloud = _Cloud(
+        z=torch.empty(n, count, 0, **options),
+        log_weights=torch.full((n, count), -math.log(count), **options),
+        eve=torch.arange(count, device=device).repeat(n, 1),
+        ess=torch.full((n,), float(count), **options),
+        resamplings=torch.zeros_like(lengths),
+        alive=lengths > 0,
+    )
     history: list[tuple[Tensor, Tensor]] = []
     for t in range(steps):
-        if cloud is None:
-            eve = torch.arange(count, device=device).repeat(n, 1)
-            full = torch.full((n,), float(count), **options)
-            z, none = move(t, None), torch.zeros_like(lengths)
-            cloud = _Cloud(z, uniform_weights, eve, full, none, lengths > 0)
-        else:
-            _renew(cloud, uniform(series, t, seed), threshold, cloud.alive & (t < lengths))
-            cloud.z = move(t, cloud.z)
         inside = cloud.alive & (t < lengths)
+        if t > 0:
+            _renew(cloud, uniform(series, t, seed), threshold, inside)
+        cloud.z = move(t, cloud.z if t > 0 else None)
         update = inside & seen[:, t]
         log_weights, total, size = weigh(cloud.log_weights + score(t, cloud.z))
         good = update & torch.isfinite(total)
@@ -222,12 +224,10 @@ def _bootstrap(
         ess[:, t] = torch.where(valid, cloud.ess, torch.nan)
         if moments:
             history.append(_moments(cloud, valid))
-    mean, var = (
-        (torch.stack(part, 1) for part in zip(*history, strict=True)) if history else (None,) * 2
-    )
-    stderr = _stderr(cloud, n, options)
-    if cloud is not None:
-        stderr = torch.where(cloud.alive, stderr, torch.nan).masked_fill(lengths == 0, 0.0)
+    stderr = torch.where(cloud.alive, _stderr(cloud), torch.nan).masked_fill(lengths == 0, 0.0)
+    if not moments:
+        return Bootstrapped(increments, ess, stderr, None, None)
+    mean, var = (torch.stack(part, 1) for part in zip(*history, strict=True))
     return Bootstrapped(increments, ess, stderr, mean, var)
 
 
@@ -248,13 +248,12 @@ def _moments(cloud: _Cloud, valid: Tensor) -> tuple[Tensor, Tensor]:
     weights = cloud.log_weights.exp()[..., None]
     mean = (weights * cloud.z).sum(1)
     var = (weights * (cloud.z - mean[:, None]).square()).sum(1)
-    return tuple(torch.where(valid[:, None], part, torch.nan) for part in (mean, var))
+    nothing = torch.full_like(mean, torch.nan)
+    return torch.where(valid[:, None], mean, nothing), torch.where(valid[:, None], var, nothing)
 
 
-def _stderr(cloud: _Cloud | None, n: int, options: dict) -> Float[Tensor, "series"]:
+def _stderr(cloud: _Cloud) -> Float[Tensor, "series"]:
     """Equation 8 of Lee and Whiteley (2018), by families of particles with one first ancestor."""
-    if cloud is None:
-        return torch.zeros(n, **options)
     count = cloud.eve.shape[1]
     weights = cloud.log_weights.exp()
     families = torch.zeros_like(weights).scatter_add_(1, cloud.eve, weights)
