@@ -14,9 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from _harness import Call, Contender, Task, equal, main, unbiased
-from particle import MU, RHO, SIGMA, Volatility, same_by_matrices, volatility_evidence
+from particle import (
+    LOADING,
+    MU,
+    NOISE_STD,
+    RHO,
+    SIGMA,
+    STATE_STD,
+    TRANSITION,
+    Volatility,
+    same_by_matrices,
+    volatility_evidence,
+)
 
-from seqdgm.kernels import particles
+from seqdgm.kernels import System, particles
 from seqdgm.kernels.particles import Implementation
 
 DEVICE = "cuda"
@@ -143,10 +154,12 @@ def evidence(result: Any) -> np.ndarray:
 def linear_gaussian(sizes: Sizes, n: int, count: int) -> Task:
     given = same_by_matrices()
     data = given.sample(sizes.steps, n, seed=1)
-    system = given.linear_gaussian()
-    assert system is not None
-    system = type(system)(*(field.to(DEVICE) for field in system))
-    x = torch.from_numpy(data.values).to(DEVICE)
+    Q, R = STATE_STD**2 * np.eye(4), NOISE_STD**2 * np.eye(2)
+    by_step = [TRANSITION, Q, LOADING, R, np.zeros(4), np.zeros(2)]
+    fields = [field[None, None] for field in by_step]
+    fields += [np.zeros((1, 4)), np.eye(4)[None], np.zeros((1, 4, 4))]
+    system = System(*(torch.from_numpy(field).to(DEVICE) for field in fields))
+    x = torch.tensor(data.values, device=DEVICE)
     lengths = torch.full((n,), sizes.steps, device=DEVICE)
 
     def ours(implementation: Implementation) -> Call:
@@ -160,7 +173,7 @@ def linear_gaussian(sizes: Sizes, n: int, count: int) -> Task:
                 n_particles=count,
                 seed=next(seeds),
                 implementation=implementation,
-            )  # fmt: skip
+            )
         )
 
     return Task(
@@ -172,13 +185,12 @@ def linear_gaussian(sizes: Sizes, n: int, count: int) -> Task:
         ],
         unbiased(given.log_prob(data).value),
         checks=sizes.checks,
-        units=1,
     )
 
 
 def volatility(sizes: Sizes, count: int) -> Task:
     x = Volatility().sample(sizes.volatility_steps, seed=2).values[0, :, 0]
-    y = torch.from_numpy(x)[None].to(DEVICE)
+    y = torch.tensor(x[None], device=DEVICE)
     one = torch.ones(1, dtype=torch.float64, device=DEVICE)
     model = particles.Volatility(MU * one, RHO * one, SIGMA * one)
     lengths = torch.full((1,), len(x), device=DEVICE)
@@ -194,7 +206,7 @@ def volatility(sizes: Sizes, count: int) -> Task:
                 n_particles=count,
                 seed=next(seeds),
                 implementation=implementation,
-            )  # fmt: skip
+            )
         )
 
     return Task(
