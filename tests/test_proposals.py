@@ -9,7 +9,7 @@ from scipy import stats
 from torch.distributions import Bernoulli, Gamma, Normal, Poisson, StudentT
 
 import seqdgm as sq
-from seqdgm.inference import smc
+from seqdgm.inference import differentiable, smc
 from seqdgm.inference.proposals import LocalEKF, LocalUKF, make_proposal
 from seqdgm.inference.smc import SMCOptions
 from seqdgm.nn import distributions as dist
@@ -309,3 +309,49 @@ def test_priors_without_a_variance_are_refused(proposal) -> None:
 
     with pytest.raises(ValueError, match="no finite mean and covariance"):
         Wild().filter(CUBIC, method="particle", n_particles=10, proposal=proposal, seed=0)
+
+
+@pytest.mark.parametrize("proposal", [LocalEKF(1), LocalUKF(df=5.0)])
+def test_gradients_of_the_evidence_are_unbiased(proposal) -> None:
+    """E[grad Z estimated] / Z is the gradient of log Z, though the proposal itself has none."""
+    y, n, theta = np.array([[0.4], [1.9], [np.nan], [-0.6]]), 2000, np.array([0.8, -0.5])
+
+    class Autoregression(sq.StateSpaceModel):
+        latent_dim = 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.from_numpy(theta).expand(n, 1, 2).clone()
+            self.rho, self.log_r = (torch.nn.Parameter(part) for part in whole.split(1, -1))
+
+        def initial(self, u):
+            return Normal(torch.zeros(1).double(), 1.0)
+
+        def transition(self, z, u):
+            return Normal(self.rho * z, 0.6)
+
+        def emission(self, z, u):
+            return Normal(z, self.log_r.exp())
+
+    def exact(theta: np.ndarray) -> float:
+        known = sq.LinearGaussianSSM(
+            F=[[theta[0]]],
+            H=[[1.0]],
+            Q=[[0.36]],
+            R=[[np.exp(2 * theta[1])]],
+            m0=[0.0],
+            P0=[[1.0]],
+            diffuse=False,
+        )
+        return float(known.log_prob(y))
+
+    model = Autoregression()
+    _, batch, _ = prepare(model, y, None)
+    options = SMCOptions(6, "stop-gradient", threshold=1.0, proposal=proposal)
+    many = batch.take(torch.zeros(n, dtype=torch.int64))
+    log_z = differentiable.evidence(model, many, options, torch.Generator().manual_seed(0))
+    (log_z - exact(theta)).exp().sum().backward()
+    found = torch.cat([model.rho.grad, model.log_r.grad], -1)[:, 0].numpy()
+    steps = 1e-5 * np.eye(2)
+    expected = [(exact(theta + e) - exact(theta - e)) / 2e-5 for e in steps]
+    assert (np.abs(found.mean(0) - expected) <= 5 * found.std(0) / np.sqrt(n)).all()

@@ -252,8 +252,19 @@ def _condition(
     """Mean and root of the Gaussian of every particle; the prior where nothing is observed."""
     prior = model.prior(h, u)
     assert prior is not None
-    if not bool(mask.any()):
-        return prior
+    return _gaussian(rule, model, prior, h, u, x, mask) if bool(mask.any()) else prior
+
+
+@torch.no_grad()  # The weights are right for any proposal, so it may stand still in a gradient.
+def _gaussian(
+    rule: Rule,
+    model: StateSpaceModel,
+    prior: Distribution,
+    h: Any,
+    u: Inputs,
+    x: Float[Tensor, "series one dim"],
+    mask: Bool[Tensor, "series one dim"],
+) -> tuple[Float[Tensor, "*batch state"], Float[Tensor, "*batch state state"]]:
     if not _whole_space(prior):
         raise ValueError(
             f"the prior of {type(model).__name__} is a {type(prior).__name__}, not a density over "
