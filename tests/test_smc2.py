@@ -117,7 +117,7 @@ def test_priors_that_exclude_the_data_are_an_error() -> None:
     y = np.array([0.1, 9.0])
     with pytest.raises(ValueError, match="likelihood zero at step 1"):
         smc2(Bounded(), y, {"bound": Uniform(1.0, 2.0)}, n_theta=20, n_particles=4, seed=0)
-    with pytest.raises(ValueError, match="chain 0.*likelihood zero"):
+    with pytest.raises(ValueError, match=r"chain 0.*likelihood zero"):
         particle_gibbs(Bounded(), y, {"bound": Uniform(1.0, 2.0)}, n_iter=2, seed=0)
 
 

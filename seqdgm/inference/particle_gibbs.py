@@ -20,12 +20,12 @@ from torch.distributions import Distribution
 
 from seqdgm.inference import smc
 from seqdgm.inference.chains import Chains, choose
+from seqdgm.inference.history import History
 from seqdgm.inference.parameters import Values
 from seqdgm.inference.pmcmc import collect, read_counts, spread
 from seqdgm.inference.posterior import ParameterPosterior
 from seqdgm.inference.random_walk import RandomWalk, accept
 from seqdgm.inference.smc import Reference, SMCOptions
-from seqdgm.inference.smoothing import Genealogy
 from seqdgm.nn import distributions as dist
 from seqdgm.recursion import StateSpaceModel
 from seqdgm.types import Batch, Inputs, check_count, make_generator
@@ -176,10 +176,10 @@ class _Trajectories:
     def _run(self, values: Values, how: SMCOptions) -> Float[Tensor, "vector"]:
         chains = self._chains
         model = chains.with_values(values)
-        tree = Genealogy(model)
-        out = smc.run(model, chains.rows, how, self._generator, (tree,))
-        final = torch.multinomial(out.log_weights.exp(), 1, generator=self._generator)
-        self.z = tree.trace(final, ("z",))["z"][:, 0]
+        history = History(model)
+        out = smc.run(model, chains.rows, how, self._generator, (history,))
+        paths = history.genealogy(chains.rows, 1, self._generator)
+        self.z = history.along(paths, "z")[:, 0]
         return chains.total(out.increments.sum(1))
 
 
