@@ -562,6 +562,20 @@ def test_a_series_stops_where_its_weights_vanish(kernels: dict[str, Any]) -> Non
     assert torch.isfinite(out.increments[2]).all()
 
 
+@pytest.mark.parametrize("name", VOLATILITIES)
+def test_an_impossible_return_is_told_from_one_that_is_no_number(
+    name: str, kernels: dict[str, Any]
+) -> None:
+    x, mask = (part.repeat(2, 1) for part in volatility_data())
+    x[0, 4], x[1, 4] = 1e200, nan
+    out = bootstrap_volatility(
+        VOLATILITIES[name], x, mask, torch.tensor([8, 8]), n_particles=20, seed=5, **kernels
+    )
+    assert out.increments[0, 4] == -inf
+    assert out.increments[1, 4].isnan()
+    assert (out.increments[:, 5:] == 0).all()
+
+
 def test_bad_arguments_are_refused_by_name() -> None:
     system = linear_system()
     data = linear_data()

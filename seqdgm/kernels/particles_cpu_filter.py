@@ -14,15 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqdgm.kernels.cpu_steps import glue
-from seqdgm.kernels.particles_cpu_math import (
-    called,
-    exp,
-    log,
-    normals,
-    top,
-    uniform,
-    wide,
-)
+from seqdgm.kernels.particles_cpu_math import called, exp, log, normals, top, uniform, wide
 from seqdgm.kernels.particles_cpu_resample import (
     BLOCK,
     accumulate,
@@ -274,9 +266,10 @@ def _score_volatility(model: Model, cloud: Cloud, s: int, t: int, first: int) ->
     square, power = square / df, 0.5 * df + 0.5
     for p in range(len(z)):
         ratio = 1.0 + square * exp(-z[p])
-        ratio = _LARGE if ratio > _LARGE else ratio
-        # z is not a number where the ratio is not, and the logarithm of it no matter.
-        log_weights[p] += constant - 0.5 * z[p] - power * log(ratio)
+        penalty = power * log(ratio)
+        # The logarithm knows neither infinity nor NaN.
+        penalty = penalty if ratio < _LARGE else ratio
+        log_weights[p] += constant - 0.5 * z[p] - penalty
 
 
 @exact
