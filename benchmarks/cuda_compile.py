@@ -150,23 +150,29 @@ def compile_variant(name: str, state: int, architecture: int) -> dict[str, Any]:
 
 def compile_particles(name: str, architecture: int) -> dict[str, Any]:
     """Compile one particle kernel to a cubin and read what it takes."""
-    kernel, count, constants = PARTICLES[name]
+    kernel, count, own = PARTICLES[name]
     plan = particles_cuda_layout.layout(1, count)
     sizes = {"CHUNK": plan.chunk, "PROGRAMS": plan.programs}
-    constants = {**{key: sizes[key] for key in sizes if key in kernel.arg_names}, **constants}
+    sizes = {key: sizes[key] for key in sizes if key in kernel.arg_names}
+    constants: dict[Any, Any] = {**sizes, **own}
     model = LINEAR if constants.get("LINEAR") else VOLATILITY
     about = {"particles": count, "particles_at_once": plan.chunk}
     # Ancestors are rounded after every operation, as the reference does.
     fused = kernel is not weights.resample_kernel
-    types = {**PARTICLE_TYPES, "model": model}
-    return compiled(name, kernel, types, constants, about, plan.warps, architecture, fused=fused)
+    # What is 1 is a constant to the compiler.
+    ones = [i for i, value in enumerate(plan.size) if value == 1 and "size" in kernel.arg_names]
+    size = ["constexpr" if i in ones else "i32" for i in range(len(plan.size))]
+    constants |= {(kernel.arg_names.index("size"), i): 1 for i in ones}
+    warps = plan.warps // (2 if kernel is weights.pick_kernel else 1)
+    types = {**PARTICLE_TYPES, "model": model, "size": Size(*size)}
+    return compiled(name, kernel, types, constants, about, warps, architecture, fused=fused)
 
 
 def compiled(
     name: str,
     kernel: Any,
     types: dict[str, Any],
-    constants: dict[str, Any],
+    constants: dict[Any, Any],
     about: dict[str, Any],
     warps: int,
     architecture: int,
