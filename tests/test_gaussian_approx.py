@@ -592,11 +592,11 @@ def test_models_with_a_memory_are_refused() -> None:
 
 def test_constants_of_the_sigma_points_are_checked() -> None:
     y = np.ones((4, 1))
-    with pytest.raises(ValueError, match="in one place"):
+    with pytest.raises(ValueError, match=r"^alpha=.*in one place"):
         Growth().filter(y, method="ukf", alpha=0.0)
-    with pytest.raises(ValueError, match="in one place"):
+    with pytest.raises(ValueError, match=r"^alpha=.*in one place"):
         Growth().filter(y, method="ukf", kappa=-1.0)
-    with pytest.raises(ValueError, match=r"beta of at least -0\.5"):
+    with pytest.raises(ValueError, match=r"^alpha=.*beta of at least -0\.5"):
         Growth().filter(y, method="ukf", alpha=1.0, kappa=0.5, beta=-0.6)
     Growth().filter(y, method="ukf", alpha=1.0, kappa=0.5, beta=-0.5)
     with pytest.raises(ValueError, match="iterations"):

@@ -61,6 +61,9 @@ class Rule(Protocol):
     def iterations(self) -> int:
         """How often an update linearises, each time around what the last time gave."""
 
+    def check(self, n: int) -> None:
+        """Raise a ValueError unless the rule suits states of length `n`."""
+
     def __call__(
         self,
         law: Law,
@@ -150,6 +153,9 @@ class Taylor:
     def __post_init__(self) -> None:
         check_count("iterations", self.iterations)
 
+    def check(self, n: int) -> None:
+        """Any length will do."""
+
     def __call__(
         self,
         law: Law,
@@ -223,6 +229,10 @@ class SigmaPoints:
     def iterations(self) -> int:
         """Once: the points are spread around the prediction."""
         return 1
+
+    def check(self, n: int) -> None:
+        """Raise a ValueError for coinciding points or an indefinite covariance."""
+        self._square(n)
 
     def __call__(
         self,

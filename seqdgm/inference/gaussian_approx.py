@@ -181,6 +181,7 @@ def impute(model: StateSpaceModel, batch: Batch, rule: Rule) -> Gaussian:
 def _steps(model: StateSpaceModel, batch: Batch, rule: Rule) -> Iterator[Step]:
     """Filter step by step; the caller keeps what it needs."""
     _check_model(model)
+    rule.check(model.latent_dim)
     seen = batch.mask.any(-1).any(0).tolist()
     complete = batch.mask.all(-1).all(0).tolist()
     now: Step | None = None
