@@ -63,7 +63,7 @@ print("persistence  log-likelihood  standard error")
 found = {}
 for rho in (0.5, 0.8, 0.9, 0.95, 0.98):
     model = Calls(rho, sigma=0.2 * np.sqrt((1 - rho**2) / (1 - 0.95**2)))
-    estimate = model.log_prob(history, known, n_particles=2000, seed=0)
+    estimate = model.log_prob(history, known, n_particles=1000, seed=0)
     found[rho] = float(estimate)
     print(f"{rho:11.2f}  {float(estimate):14.2f}  {estimate.stderr[0]:14.2f}")
 best = max(found, key=found.get)
@@ -71,8 +71,8 @@ print(f"best of them: {best} (the counts were drawn with 0.95)")
 
 # 3. The lost month from both sides, and four weeks ahead.
 model = Calls(best, sigma=0.2 * np.sqrt((1 - best**2) / (1 - 0.95**2)))
-smoothed = model.smooth(history, known, n_particles=1000, seed=1)
-filled = model.impute(history, known, n_particles=1000, seed=1)
+smoothed = model.smooth(history, known, n_particles=300, seed=1)
+filled = model.impute(history, known, n_particles=300, seed=1)
 lost = history.isna()
 draws = smoothed.sample(200, seed=2)[0, :, :, 0] - 0.6 * known.weekend.to_numpy()
 counts = np.random.default_rng(0).poisson(np.exp(draws))

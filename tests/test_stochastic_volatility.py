@@ -11,6 +11,7 @@ from scipy import special, stats
 from statsmodels.tsa.statespace.mlemodel import MLEModel
 
 from seqdgm.inference import smc
+from seqdgm.inference.parameters import check_broadcast
 from seqdgm.inference.smc import SMCOptions
 from seqdgm.kernels.particles import bootstrap_volatility
 from seqdgm.models.stochastic_volatility import StochasticVolatility
@@ -319,6 +320,18 @@ def test_substituted_parameters_differ_from_row_to_row() -> None:
     assert fused.sigma.shape == (2000,)
     assert fused.mean.shape == (2000, 7)
     assert abs(found[1000:].mean() - found[:1000].mean()) > 0.05
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_may_have_rows(name: str) -> None:
+    model, (y, u) = MODELS[name], case(name)
+    _, batch, _ = prepare(model, y, u if u.shape[1] else None)
+    held = {key: value.detach() for key, value in model.named_parameters()}
+    for key, value in held.items():
+        rows = torch.stack([value, 0.9 * value + 0.01])
+        check_broadcast(model, batch, {key: rows}, torch.Generator().manual_seed(0))
+    both = {key: torch.stack([value, 0.9 * value + 0.01]) for key, value in held.items()}
+    check_broadcast(model, batch, both, torch.Generator().manual_seed(0))
 
 
 BAD = {

@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal
 
 import seqdgm as sq
 from seqdgm.inference import rao_blackwell, smc
+from seqdgm.inference.parameters import check_broadcast
 from seqdgm.inference.rao_blackwell import Information
 from seqdgm.inference.smc import SMCOptions
 from seqdgm.models._conditionally_linear import Linear
@@ -330,6 +331,18 @@ def test_substituted_matrices_may_differ_from_row_to_row() -> None:
     exact = np.array([exhaustive(m, data(model), STEPS).log_likelihood for m in (model, second)])
     within(np.exp(out.increments.sum(1).numpy().reshape(100, 2) - exact), 1.0)
     assert abs(exact[0] - exact[1]) > 0.2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_may_have_rows(name: str) -> None:
+    model = MODELS[name]()
+    _, batch, _ = prepare(model, data(model), None)
+    held = dict(model.named_buffers())
+    for key in ("F_", "H_", "Q_", "R_", "m0_", "P0_", "b_", "d_"):
+        rows = torch.stack([held[key], 1.2 * held[key]])
+        check_broadcast(model, batch, {key: rows}, torch.Generator().manual_seed(0))
+    chain = torch.stack([held["Pi_"], held["Pi_"].flip(-1)])
+    check_broadcast(model, batch, {"Pi_": chain}, torch.Generator().manual_seed(0))
 
 
 def test_an_observation_without_a_density_is_named() -> None:

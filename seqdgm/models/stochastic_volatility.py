@@ -31,9 +31,9 @@ class Volatility(NamedTuple):
 class NextVolatility(NamedTuple):
     """Memory with leverage: mean and scale of the log-variance to come, location of the step."""
 
-    mean: Float[Tensor, "..."]
-    scale: Float[Tensor, "..."]
-    location: Float[Tensor, "..."]
+    mean: Float[Tensor, "*batch one"]
+    scale: Float[Tensor, "*batch one"]
+    location: Float[Tensor, "*batch one"]
 
 
 class StochasticVolatility(StateSpaceModel):
@@ -253,14 +253,18 @@ class StochasticVolatility(StateSpaceModel):
             return Normal(location, scale, validate_args=False)
         return StudentT(self.df, location, scale, validate_args=False)
 
+    def start(self, batch_shape: tuple[int, ...]) -> Tensor | None:
+        """With leverage the memory of the first step has a shape to take."""
+        return self.mu.new_zeros(*batch_shape, 1) if self.leverage else None
+
     def advance(self, s: Any, x: Tensor | None, u: Inputs) -> Any:
         """Work the error of the last return into the log-variance to come."""
         if not self.leverage:
             return s
         location = self.location(u)
-        if s is None:
-            first = self.initial(u)
-            return NextVolatility(first.mean, first.stddev, location)
+        if not isinstance(s, Volatility):
+            first = (self.mu, self.sigma / (1 - self.rho**2).sqrt(), location)
+            return NextVolatility(*(value.expand(s.shape) for value in first))
         assert x is not None
         assert self.correlation is not None
         v = (x - s.location) * (-0.5 * s.z).exp()
@@ -285,7 +289,7 @@ class StochasticVolatility(StateSpaceModel):
         assert z is not None
         if not self.leverage:
             return z
-        return Volatility(z, h.location.expand(z.shape))
+        return Volatility(z, h.location)
 
     def fused(self, batch: Batch) -> Fused | None:
         """Parameters for the fused bootstrap filter; None where it does not know the model.
