@@ -195,7 +195,7 @@ def simulated() -> tuple[np.ndarray, np.ndarray]:
     for t in range(12):
         z = z if t == 0 else rho * z + STEP * rng.normal(size=SETS)
         x[:, t] = z + noise * rng.normal(size=SETS)
-    return np.stack([rho, noise], 1), x
+    return np.stack([rho, noise], 1), x[..., None]
 
 
 def check_ranks(truth: np.ndarray, draws: dict[str, np.ndarray]) -> None:
