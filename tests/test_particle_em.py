@@ -88,7 +88,7 @@ def test_conditional_draws_leave_the_smoothing_law_invariant() -> None:
         z = draw_trajectories(model, batch, how, rng, 2).z[:, 1]
     assert_law(z[..., 0].numpy(), 5)
     moved = (z != start).any(-1).double().mean(0)
-    assert bool((moved > 0.5).all())
+    assert bool((moved > 0.1).all())
 
 
 @pytest.mark.slow

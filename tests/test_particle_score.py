@@ -110,11 +110,11 @@ def data() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return values, u
 
 
-def scores(model, batch: Batch, smoother: str, repeats: int = 40) -> np.ndarray:
+def scores(model, batch: Batch, smoother: str, repeats: int = 20) -> np.ndarray:
     found = []
     for seed in range(repeats):
         rng = torch.Generator().manual_seed(seed)
-        part = score(model, batch, SMCOptions(100), rng, 25, smoother)
+        part = score(model, batch, SMCOptions(60), rng, 20, smoother)
         found.append([part[name].item() for name in NAMES])
     return np.array(found)
 
@@ -242,12 +242,12 @@ def test_maximum_likelihood_reaches_the_exact_maximum() -> None:
 
 
 def test_the_ascent_goes_up_and_stops_by_itself() -> None:
-    y = panel()[:2]
-    options = {"n_particles": 50, "n_trajectories": 5}
-    model = Linear().fit(y, method="mle", seed=0, max_iter=30, **options)
-    assert model.fit_report_.n_iter == 30
+    y = panel()[:2, :12]
+    options = {"n_particles": 30, "n_trajectories": 5}
+    model = Linear().fit(y, method="mle", seed=0, max_iter=15, **options)
+    assert model.fit_report_.n_iter == 15
     assert not model.fit_report_.converged[0]
-    assert deficit_drop(model, y) > 1
+    assert deficit_drop(model, y) > 0.3
     rest = Linear().fit(y, method="mle", seed=0, max_iter=30, tol=10.0, **options).fit_report_
     assert rest.converged[0]
     assert rest.n_iter == 21
