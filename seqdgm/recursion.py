@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Distribution
 
 from seqdgm.model import SequenceModel
+from seqdgm.nn import distributions
 from seqdgm.types import Batch, Inputs
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class StateSpaceModel(SequenceModel):
     (1, 50, 1)
     """
 
-    engines: ClassVar[tuple[str, ...]] = ("particle", "ekf", "ukf")
+    engines: ClassVar[tuple[str, ...]] = ("particle", "ekf", "ukf", "abc")
     learners: ClassVar[Mapping[str, str]] = {
         "given": "given",
         "mle": "particle-score",
@@ -88,6 +90,21 @@ class StateSpaceModel(SequenceModel):
     def emission(self, s: Any, u: Inputs) -> Distribution:
         """Distribution of the observation given the state."""
         raise NotImplementedError(f"{type(self).__name__} must define emission(z, u)")
+
+    def simulate(
+        self, s: Any, u: Inputs, generator: torch.Generator
+    ) -> Float[Tensor, "*batch dim"]:
+        """Draw the observation given the state; by default from the emission.
+
+        A model that can only be simulated defines this in place of `emission`, draws from
+        `generator`, and has ``engines = ("abc",)`` (`seqdgm.inference.abc`).
+        """
+        leaf = s
+        while not isinstance(leaf, Tensor):
+            leaf = leaf[0]
+        law = self.emission(s, u)
+        wide = distributions.expand(law, leaf.shape[:-1], distributions.vector_dim(law))
+        return distributions.sample(wide, generator)
 
     def start(self, batch_shape: tuple[int, ...]) -> Any:
         """State before the first step; None where the first state has a law of its own."""

@@ -255,7 +255,7 @@ def test_little_regularisation_sorts_the_line() -> None:
 
 
 def test_gradient_of_the_plan_is_that_of_the_optimum() -> None:
-    x, log_weights = cloud()
+    x, log_weights = (part[:2] for part in cloud(count=5))
     transport = OptimalTransport(0.2, tolerance=1e-13)
     arguments = (x.requires_grad_(), log_weights.requires_grad_())
     assert torch.autograd.gradcheck(
@@ -280,21 +280,16 @@ def test_transport_makes_the_filter_a_smooth_function(threshold: float) -> None:
 def test_transport_is_consistent() -> None:
     """Value and gradient approach the exact ones as the particles grow in number."""
     gaps, target = [], differences(exact, THETA)
-    for count, n in ((5, 400), (20, 200), (80, 40)):
+    for count, n in ((5, 150), (20, 60), (60, 20)):
         model = Linear(n)
         options = SMCOptions(count, OptimalTransport(0.05), 1.0)
         log_z = evidence(model, batch_of(model, n), options, generator(5))
         log_z.sum().backward()
-        gradient = model.gradient()
         gaps.append(
-            (
-                abs(float(log_z.detach().mean()) - exact()),
-                np.linalg.norm(gradient.mean(0) - target),
-                np.linalg.norm(gradient.std(0) / np.sqrt(n)),
-            )
+            (abs(float(log_z.detach().mean()) - exact()), model.gradient().mean(0) - target)
         )
-    assert gaps[2][0] < 0.4 * gaps[0][0]
-    assert gaps[2][1] < 0.4 * gaps[0][1]
+    assert gaps[2][0] < 0.3 * gaps[0][0]
+    assert np.linalg.norm(gaps[2][1]) < 0.3 * np.linalg.norm(gaps[0][1])
 
 
 def test_transport_needs_a_continuous_memory() -> None:

@@ -204,7 +204,7 @@ def sweep(n: int, repeats: int = 3, *, ancestor_sampling: bool, **options) -> np
 def test_conditional_filter_leaves_the_smoothing_distribution_invariant(
     resampler: str, n_particles: int, threshold: float, ancestor_sampling: bool
 ) -> None:
-    n, (_, p) = 10_000, exact_paths()
+    n, (_, p) = 8_000, exact_paths()
     codes = sweep(
         n,
         n_particles=n_particles,
@@ -300,7 +300,7 @@ def test_evidence_is_unbiased(
     panel: tuple[Batch, np.ndarray], resampler: str, kind: str, n_particles: int
 ) -> None:
     batch, exact = panel
-    n = 2000
+    n = 1500
     for threshold in (0.5, 1.0):
         how = SMCOptions(n_particles, resampler, threshold, **FILTERS[kind])
         out = smc.run(Level(), repeat(batch, n), how, generator(n_particles))

@@ -23,6 +23,7 @@ ENGINES = {
     "ukf": "seqdgm.inference.ukf",
     "particle": "seqdgm.inference.particle",
     "rao-blackwell": "seqdgm.inference.rao_blackwell",
+    "abc": "seqdgm.inference.abc",
     "variational": "seqdgm.inference.variational",
 }
 # What the verbs themselves pass to an engine.

@@ -10,8 +10,8 @@ density; what stands between the evidence and its gradient is resampling, which 
     and threshold; that of :math:`\log \hat Z` is consistent. Its variance grows with the length.
 ``"soft"``
     Ancestors from :math:`\alpha W_k + (1 - \alpha) / N`, and the ratio as weight. The evidence is
-    unbiased; the gradient leaves out how the ancestors' distribution moves, a bias that vanishes
-    only as :math:`\alpha \to 0`, where nothing is resampled.
+    unbiased; the gradient leaves out how the ancestors' distribution moves, a bias that more
+    particles do not remove, smaller the smaller :math:`\alpha` is, at the price of more variance.
 ``"optimal-transport"``
     Particles move by the entropy-regularised optimal transport from W to equal weights. Nothing
     jumps, so the filter is a smooth function of the parameters whose gradient is exact; but the

@@ -13,7 +13,7 @@ from seqdgm.inference.history import History, draw_particles
 from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.resampling import Resampler
 from seqdgm.inference.scan import scan
-from seqdgm.inference.smc import Lookahead, SMCOptions, Step
+from seqdgm.inference.smc import Lookahead, SMCOptions, Step, Weigh
 from seqdgm.inference.smoothing import Smoother, Trajectories, mean_and_cov, trajectories
 from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States, check_count
@@ -33,6 +33,7 @@ class FilterOptions(TypedDict, total=False):
     proposal: str | Proposal
     lookahead: Literal["mean"] | Lookahead | None
     collapse: Literal["raise", "zero"]
+    weigh: Weigh | None
 
 
 class SmoothOptions(FilterOptions, total=False):
@@ -222,8 +223,7 @@ def sample(
             if prior is not None:
                 z = dist.sample(dist.expand(prior, (n,), model.latent_dim), generator)
             s = model.absorb(h, z)
-            emission = model.emission(s, known)
-            x = dist.sample(dist.expand(emission, (n,), dist.vector_dim(emission)), generator)
+            x = model.simulate(s, known, generator)
             drawn.append(x)
     return torch.stack(drawn, 1)
 
