@@ -180,6 +180,11 @@ class StateSpaceModel(SequenceModel):
         return type(self).proposal is not StateSpaceModel.proposal
 
     @property
+    def has_density(self) -> bool:
+        """Whether observations have a density; not where the model simulates them its own way."""
+        return type(self).simulate is StateSpaceModel.simulate
+
+    @property
     def markov(self) -> bool:
         """Whether z alone is the state, and `initial` and `transition` say everything about it."""
         own, plain = type(self), StateSpaceModel

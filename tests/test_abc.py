@@ -14,6 +14,7 @@ from torch.distributions import Bernoulli, Normal, Poisson
 import seqdgm as sq
 from seqdgm.inference import abc as engine
 from seqdgm.inference.abc import TargetESS
+from seqdgm.inference.abc_smc import abc as sq_abc
 from seqdgm.prepare import prepare
 from seqdgm.types import Batch
 
@@ -173,6 +174,7 @@ def test_adaptive_tolerance_keeps_the_share_asked_for(kernel: str) -> None:
     assert torch.allclose(out.ess, torch.tensor(250.0).double(), rtol=0.02)
 
 
+@pytest.mark.slow
 def test_adaptive_estimate_approaches_the_likelihood() -> None:
     y = data()
     exact = known().log_prob(y).value
@@ -258,3 +260,182 @@ class Wrong(Simulated):
 def test_a_simulator_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"Wrong.simulate gives the shape"):
         Wrong().filter(np.zeros(4), n_particles=10)
+
+
+# -------------------------------------------------------------------------------- parameters
+
+
+class Mean(sq.StateSpaceModel):
+    """Independent observations around an unknown mean."""
+
+    latent_dim = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu = 0.0
+
+    def initial(self, u):
+        return Normal(torch.zeros(1).double(), 1.0)
+
+    def transition(self, z, u):
+        return Normal(torch.zeros_like(z), 1.0)
+
+    def emission(self, z, u):
+        return Normal(self.mu + 0 * z, 1.0)
+
+
+OBSERVED = np.array([0.7, 1.9, -0.2, np.nan, 0.8])
+
+
+def mean_of(x: torch.Tensor) -> torch.Tensor:
+    return x.nanmean((1, 2))
+
+
+def gap(found: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
+    return (found - observed).abs().amax(1)
+
+
+def cdf_gap(draws: np.ndarray, grid: np.ndarray, density: np.ndarray) -> float:
+    """Kolmogorov's distance of draws from a density on a grid."""
+    mass = np.cumsum(density) / density.sum()
+    return float(stats.ks_1samp(draws, lambda v: np.interp(v, grid, mass)).statistic)
+
+
+@pytest.mark.parametrize("n_simulations", [1, 3])
+def test_population_has_the_exact_abc_posterior(n_simulations: int) -> None:
+    """p(mu | |mean simulated - mean observed| <= epsilon), in closed form."""
+    epsilon, n = 0.3, 2000
+    found = sq_abc(
+        Mean(),
+        OBSERVED,
+        {"mu": Normal(torch.tensor(0.0), 2.0)},
+        n_particles=n,
+        tolerance=epsilon,
+        summary=mean_of,
+        distance=gap,
+        n_simulations=n_simulations,
+        seed=1,
+    )
+    assert found.tolerance == epsilon
+    assert np.all(np.diff(found.tolerances) < 0)
+    grid = np.linspace(-6, 8, 4001)
+    middle, spread = np.nanmean(OBSERVED), 0.5
+    density = stats.norm.pdf(grid, 0, 2) * (
+        stats.norm.cdf((middle + epsilon - grid) / spread)
+        - stats.norm.cdf((middle - epsilon - grid) / spread)
+    )
+    draws = found.draws["mu"].ravel()
+    # A tenth of the draws at most are copies of others.
+    assert cdf_gap(draws, grid, density) < 1.95 / np.sqrt(0.5 * n)
+    share = np.exp(found.log_likelihood)
+    assert np.all((share * n_simulations >= 0.99) & (share <= 1))
+
+
+def test_population_on_raw_series_agrees_with_rejection() -> None:
+    y, epsilon = np.array([0.4, 1.1]), 0.8
+    random = np.random.default_rng(0)
+    mu = random.uniform(-3, 3, 400_000)
+    close = np.abs(mu[:, None] + random.normal(size=(400_000, 2)) - y).max(1) <= epsilon
+    prior = {"mu": torch.distributions.Uniform(-3.0, 3.0)}
+    found = sq_abc(Mean(), y, prior, n_particles=2000, tolerance=epsilon, distance=gap, seed=2)
+    assert stats.ks_2samp(found.draws["mu"].ravel(), mu[close]).statistic < 1.95 / np.sqrt(900)
+
+
+class Ratio(sq.StateSpaceModel):
+    """An autoregression seen with noise."""
+
+    latent_dim = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rho = 0.5
+
+    def initial(self, u):
+        return Normal(torch.zeros(1).double(), 1.0)
+
+    def transition(self, z, u):
+        return Normal(self.rho * z, 0.5)
+
+    def emission(self, z, u):
+        return Normal(z, 0.4)
+
+
+@pytest.mark.slow
+def test_pmmh_has_the_posterior_of_the_noisier_model() -> None:
+    """Against the Kalman likelihood with R + epsilon^2 on a grid, with few particles."""
+    y = np.array([0.5, 1.1, 0.9, 0.2, 0.6, 1.3, 0.8, 0.1])
+    grid = np.linspace(-1, 1, 201)
+    level = [
+        float(
+            sq.LinearGaussianSSM(
+                F=[[rho]],
+                H=[[1.0]],
+                Q=[[0.25]],
+                R=[[0.16 + 0.25]],
+                m0=[0.0],
+                P0=[[1.0]],
+                diffuse=False,
+            ).log_prob(y)
+        )
+        for rho in grid
+    ]
+    density = np.exp(np.array(level) - max(level))
+    found = sq_abc(
+        Ratio(),
+        y,
+        {"rho": torch.distributions.Uniform(-1.0, 1.0)},
+        method="pmmh",
+        n_particles=20,
+        tolerance=0.5,
+        n_iter=300,
+        n_chains=60,
+        seed=3,
+    )
+    draws = found.draws["rho"][:, 19::20]
+    exact = (grid * density).sum() / density.sum()
+    within(draws.mean(1), exact)
+    assert cdf_gap(draws.ravel(), grid, density) < 1.95 / np.sqrt(draws.size / 4)
+
+
+class Skewed(Simulated):
+    """With an unknown scale of the shocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_ = 0.3
+
+    def simulate(self, s, u, generator):
+        e = torch.randn(s.shape, generator=generator, dtype=s.dtype)
+        return s + self.scale_ * (1 + 0.8 * torch.tanh(e)) * (1 + e**2) ** 0.2 * e
+
+
+def test_both_methods_take_a_model_without_a_density() -> None:
+    y = Skewed().sample(40, 2, seed=5)
+    prior = {"scale_": torch.distributions.Uniform(0.05, 3.0)}
+
+    def moments(x):
+        step = x[:, :, 1:] - x[:, :, :-1]
+        return torch.stack([x.std((1, 2, 3)), step.std((1, 2, 3))], 1)
+
+    found = sq_abc(Skewed(), y, prior, n_particles=200, summary=moments, max_rounds=6, seed=1)
+    assert found.draws["scale_"].shape == (1, 200)
+    assert found.draws["scale_"].std() < 0.5 * 0.85
+    assert found.forecast(2, seed=0).mean.shape == (2, 2, 1)
+    chained = sq_abc(
+        Skewed(), y, prior, method="pmmh", n_particles=50, tolerance=0.4, n_iter=10, seed=1
+    )
+    assert chained.draws["scale_"].shape == (4, 10)
+
+
+def test_bad_options_of_parameter_inference_are_refused() -> None:
+    prior = {"mu": Normal(torch.tensor(0.0), 2.0)}
+    with pytest.raises(ValueError, match="no method 'rejection'"):
+        sq_abc(Mean(), OBSERVED, prior, method="rejection")
+    with pytest.raises(ValueError, match="needs a number"):
+        sq_abc(Mean(), OBSERVED, prior, method="pmmh", tolerance=TargetESS(), n_iter=5)
+    with pytest.raises(ValueError, match=r"keep=1\.0"):
+        sq_abc(Mean(), OBSERVED, prior, keep=1.0)
+    with pytest.raises(ValueError, match="summary gives the shape"):
+        sq_abc(Mean(), OBSERVED, prior, summary=lambda x: x[:, 0, 0, 0], n_particles=10)
+    with pytest.raises(ValueError, match="no simulation from the prior"):
+        sq_abc(Mean(), OBSERVED, prior, summary=lambda x: x.mean(1)[:, :, 0], n_particles=10)

@@ -88,7 +88,7 @@ class ABCOptions(TypedDict, total=False):
     tolerance : float, tuple of float, or TargetESS
         One number for every element of an observation or one for each, in the units in which the
         model sees the data; or adaptive, the default.
-    resampler, threshold, proposal
+    resampler, threshold, proposal, collapse
         As in `seqdgm.inference.smc.SMCOptions`.
     """
 
@@ -97,6 +97,7 @@ class ABCOptions(TypedDict, total=False):
     resampler: str | Resampler
     threshold: float
     proposal: str | Proposal
+    collapse: Literal["raise", "zero"]
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ class Likelihood:
         self._settings = {"n_particles": n_particles, "generator": generator, **options}
         if "collapse" in option_names(self._verb):
             self._settings.setdefault("collapse", "zero")
-        self.by_particles = self._verb.__module__ == ENGINES["particle"]
+        self.by_particles = self._verb.__module__ in (ENGINES["particle"], ENGINES["abc"])
         self.kind = "estimate"
 
     @torch.no_grad()

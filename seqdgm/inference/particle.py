@@ -201,31 +201,40 @@ def sample(
     generator: torch.Generator,
 ) -> Float[Tensor, "series steps dim"]:
     """Draw series from the model by running its recursion forward."""
-    n = len(u)
-    s = model.start((n,))
+    return simulate(model, u, (len(u),), generator)
+
+
+def simulate(
+    model: StateSpaceModel,
+    u: Float[Tensor, "*batch steps inputs"],
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+) -> Float[Tensor, "*shape steps dim"]:
+    """Draw series of any batch shape; that of the inputs broadcasts with it."""
+    s = model.start(shape)
     drawn: list[Tensor] = []
     x: Tensor | None = None
     with torch.no_grad():
-        for t in range(u.shape[1]):
-            known = Inputs(u[:, t], torch.tensor(t, device=u.device))
+        for t in range(u.shape[-2]):
+            known = Inputs(u[..., t, :], torch.tensor(t, device=u.device))
             if model.feedback and x is None:
                 if model.obs_dim_ is None:
                     raise ValueError(
                         f"{type(model).__name__} feeds observations back, but their width is not "
                         "known; set obs_dim_ in __init__ or call fit(y) first"
                     )
-                x = u.new_zeros(n, model.obs_dim_)
+                x = u.new_zeros(*shape, model.obs_dim_)
             h = model.advance(
                 s, model.embed(x) if model.feedback and x is not None else None, known
             )
             prior = model.prior(h, known)
             z = None
             if prior is not None:
-                z = dist.sample(dist.expand(prior, (n,), model.latent_dim), generator)
+                z = dist.sample(dist.expand(prior, shape, model.latent_dim), generator)
             s = model.absorb(h, z)
             x = model.simulate(s, known, generator)
             drawn.append(x)
-    return torch.stack(drawn, 1)
+    return torch.stack(drawn, -2)
 
 
 def impute(
