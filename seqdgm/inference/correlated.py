@@ -21,6 +21,7 @@ Econometrics* 165.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ def correlated_log_prob(model: StateSpaceModel, batch: Batch, noise: Noise) -> F
         u = batch.inputs_at(t, 1)
         if z is not None and log_w is not None:
             ancestors = _sorted_systematic(z[..., 0], log_w, noise.levels[:, t])
-            s = tree_map(lambda leaf, a=ancestors: gather(leaf, a), s)
+            s = tree_map(partial(gather, ancestors=ancestors), s)
         fed = None
         if model.feedback:
             last = batch.x[:, t - 1] if t else torch.zeros_like(batch.x[:, 0])
@@ -156,6 +157,7 @@ def _location_scale(
             "correlated=True needs Normal, whose draws are linear in the random numbers"
         )
     wide = dist.expand(prior, shape, 1)
+    assert isinstance(wide, Normal)
     return wide.loc, wide.scale
 
 

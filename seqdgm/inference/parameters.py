@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -330,23 +330,23 @@ def check_broadcast(
                 model,
                 "advance",
                 [m.advance(p, e, v) for m, p, e in zip(alone, parts, seen, strict=True)],
-                lambda s=s, fed=fed, u=u: both.advance(s, fed, u),
+                partial(both.advance, s, fed, u),
             )
             hs = [_row(h, k) for k in range(2)]
             laws = [m.prior(p, v) for m, p in zip(alone, hs, strict=True)]
             z = None
             if laws[0] is not None:
-                together = _attempt(model, short[t], lambda h=h, u=u: both.prior(h, u))
+                together = _attempt(model, short[t], partial(both.prior, h, u))
                 z = _same_law(model, short[t], laws, together, model.latent_dim, generator)
             zs = [None if z is None else z[k : k + 1] for k in range(2)]
             parts = [m.absorb(p, q) for m, p, q in zip(alone, hs, zs, strict=True)]
-            s = _same(model, "absorb", parts, lambda h=h, z=z: both.absorb(h, z))
+            s = _same(model, "absorb", parts, partial(both.absorb, h, z))
             if not model.has_density:
                 # There is no density to compare; the driver checks the shape of what is simulated.
-                _attempt(model, "simulate", lambda s=s, u=u: both.simulate(s, u, generator))
+                _attempt(model, "simulate", partial(both.simulate, s, u, generator))
                 continue
             laws = [m.emission(p, v) for m, p in zip(alone, parts, strict=True)]
-            together = _attempt(model, "emission", lambda s=s, u=u: both.emission(s, u))
+            together = _attempt(model, "emission", partial(both.emission, s, u))
             _same_law(model, "emission", laws, together, x.shape[-1], generator)
 
 

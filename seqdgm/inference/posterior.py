@@ -110,8 +110,8 @@ class ParameterPosterior:
                 convergence.ess(value, kind) for kind in ("bulk", "tail", "mean")
             )
             shrink = convergence.rhat(value)
-            for place in product(*map(range, value.shape[2:])):
-                x = value[(slice(None), slice(None), *place)]
+            for number, place in enumerate(product(*map(range, value.shape[2:]))):
+                x = value.reshape(*value.shape[:2], -1)[..., number]
                 std = x.std(ddof=1)
                 low, mid, high = np.quantile(x, [0.05, 0.5, 0.95])
                 error = std / math.sqrt(precise[place]) if precise[place] > 0 else math.nan

@@ -193,9 +193,10 @@ def trajectories(
     paths = {"value": value}
     if wanted:
         # A smoother with particles of its own admits no drawn observation that was fed back.
-        own = redraw or index is None
         paths["x"] = (
-            _observations(model, batch, value, generator) if own else history.along(index, "x")
+            _observations(model, batch, value, generator)
+            if redraw or index is None
+            else history.along(index, "x")
         )
     outside = ~batch.valid
     return Trajectories(
@@ -232,8 +233,8 @@ def _resample(
     drawn = draw_particles(law.log_weights.flatten(0, 1), n, generator)
     value = gather(law.value.flatten(0, 1), drawn).reshape(series, steps, n, -1)
     index = None
-    if law.index is not None:
-        index = gather(law.index.flatten(0, 1), drawn).reshape(series, steps, n).mT
+    if law.origin is not None:
+        index = gather(law.origin.flatten(0, 1), drawn).reshape(series, steps, n).mT
     return value.transpose(1, 2), index
 
 

@@ -170,7 +170,7 @@ def _draw(
         # The guide is exact up to the rounding of this product.
         k = np.int64(level * rate)
         high = guide[k + 2] if k + 2 < n else n - 1
-        out[j] = _search(c, level, guide[max(k - 1, 0)], high)
+        out[j] = _search(c, level, guide[k - 1 if k > 0 else 0], high)
 
 
 @exact

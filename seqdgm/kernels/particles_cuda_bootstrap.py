@@ -63,7 +63,7 @@ def bootstrap_volatility(
     problem: VolatilityProblem, n_particles: int, seed: int, threshold: float, moments: bool
 ) -> Bootstrapped:
     """Bootstrap filter of stochastic volatility."""
-    problem = VolatilityProblem(*(None if f is None else readable(f) for f in problem))
+    problem = VolatilityProblem._make(None if f is None else readable(f) for f in problem)
     mu, rho, sigma, m0, s0, leverage, df, y, mask, lengths = problem
     n, steps = len(lengths), y.shape[1]
     constant = torch.zeros_like(mu)
@@ -167,7 +167,7 @@ def _evidence_stderr(cloud: Cloud, plan: Layout, n: int, steps: int) -> Float[Te
     log_weights = cloud.log_weights - shift[:, None]
     eve = cloud.eve[resamplings.long() % 2, series].long()
     end = _Cloud(cloud.z, log_weights, eve, ess, resamplings.long(), alive > 0)
-    stderr = _stderr(end, n, {"dtype": ess.dtype, "device": ess.device})
+    stderr = _stderr(end)
     return torch.where(alive > 0, stderr, torch.nan)
 
 

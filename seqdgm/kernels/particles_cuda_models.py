@@ -77,7 +77,7 @@ def move_linear(
     if t == 0:
         dynamics = model.start + n * model.start_by_series
         root = dynamics + STATE
-    z = ()
+    z: Any = ()
     for i in tl.static_range(STATE):
         z += (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)
     for j in range(STATE):
@@ -103,7 +103,7 @@ def add_column(
     z: tl.tuple, column: tl.tensor, x: tl.tensor, wanted: tl.tensor, STATE: tl.constexpr
 ) -> tl.tuple:
     """Add a column of a square matrix times a number to a vector."""
-    new = ()
+    new: Any = ()
     for i in tl.static_range(STATE):
         new += (z[i] + tl.load(column + i * STATE, mask=wanted, other=0.0) * x,)
     return new

@@ -27,7 +27,7 @@ QUARTER = tl.constexpr(math.pi / 2)
 class Size(NamedTuple):
     """How the particles of a series are divided among programs."""
 
-    count: int  # particles of a series
+    count: int  # type: ignore[assignment]  # particles of a series, not a method of tuples
     programs: int
     span: int  # particles of a program, a multiple of the chunk
     highest: int  # largest power of two up to `count`
