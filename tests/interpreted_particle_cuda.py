@@ -172,9 +172,9 @@ def test_weigh(spread: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_resample(spread: str, scheme: Any) -> None:
     log_weights = particles.weigh(some_weights(3, 150), implementation="reference").log_weights
-    log_weights[1] = -torch.inf
-    log_weights[1, 149] = 0.0  # all of the weight on the last particle
-    log_weights[2] = torch.nan
+    # The last level reaches the sum of the weights, and beyond it only weights of zero are left.
+    log_weights[1, 120:] = -torch.inf
+    log_weights[2] = -torch.inf
     needed = torch.tensor([True, True, False])
     rng = np.random.default_rng(7)
     numbers = {"systematic": 1, "killing": 300}.get(scheme, 150)
@@ -183,8 +183,10 @@ def test_resample(spread: str, scheme: Any) -> None:
     found, expected = both("resample", scheme, log_weights, uniforms, needed)
     assert torch.equal(found, expected)
     assert torch.isfinite(log_weights[:2].gather(1, found[:2])).all()
-    with pytest.raises(ValueError, match="of series 0: no weight is positive"):
-        both("resample", scheme, log_weights[2:], uniforms[2:], None)
+    for weight in (-torch.inf, torch.nan):
+        log_weights[2, 7] = weight
+        with pytest.raises(ValueError, match="of series 0: no weight is positive"):
+            both("resample", scheme, log_weights[2:], uniforms[2:], None)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.float64, torch.complex128])
