@@ -20,7 +20,6 @@ from scipy import stats
 from torch.distributions import Normal
 
 import seqdgm as sq
-from seqdgm.models.stochastic_volatility import StochasticVolatility
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def volatility(sizes: Sizes, which: int) -> Task:
     if not many:
         peers.append(jax("cuthbert", _jax.cuthbert_filter))
         peers.append(jax("cuthbert", _jax.cuthbert_filter, double=False))
-    given = StochasticVolatility(mean=0.0, mu=MU, rho=RHO, sigma=SIGMA)
+    given = sq.StochasticVolatility(mean=0.0, mu=MU, rho=RHO, sigma=SIGMA)
     return Task(
         f"bootstrap filter, stochastic volatility, T = {sizes.volatility_steps:,}, "
         f"N = {n_particles:,}",

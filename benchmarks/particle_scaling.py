@@ -18,7 +18,6 @@ from particle import MU, RHO, SIGMA, Volatility
 from scaling import peak_bytes
 
 import seqdgm as sq
-from seqdgm.models.stochastic_volatility import StochasticVolatility
 
 # (series, particles, steps): each grows by itself.
 SIZES = [
@@ -41,7 +40,7 @@ COLUMNS = (
 
 
 def models() -> dict[str, sq.StateSpaceModel]:
-    given = StochasticVolatility(mean=0.0, mu=MU, rho=RHO, sigma=SIGMA)
+    given = sq.StochasticVolatility(mean=0.0, mu=MU, rho=RHO, sigma=SIGMA)
     return {"StochasticVolatility": given, "user's model": Volatility(checked=False)}
 
 
