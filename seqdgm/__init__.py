@@ -39,6 +39,7 @@ _HOME = {
     "RNN": "seqdgm.models.rnn",
     "DMM": "seqdgm.models.dmm",
     "load": "seqdgm.serialize",
+    "abc": "seqdgm.inference.abc_smc",
     "pmmh": "seqdgm.inference.pmcmc",
     "particle_gibbs": "seqdgm.inference.particle_gibbs",
     "smc2": "seqdgm.inference.smc2",
@@ -70,6 +71,7 @@ __all__ = [
     "StochasticVolatility",
     "StructuralSSM",
     "SwitchingLinearSSM",
+    "abc",
     "backtest",
     "compare",
     "datasets",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from seqdgm import datasets, plotting, testing
     from seqdgm.evaluation.backtest import backtest
     from seqdgm.evaluation.compare import Comparison, compare
+    from seqdgm.inference.abc_smc import abc
     from seqdgm.inference.particle_gibbs import particle_gibbs
     from seqdgm.inference.pmcmc import pmmh
     from seqdgm.inference.posterior import ParameterPosterior
