@@ -33,7 +33,7 @@ class ParameterPosterior:
 
     Attributes
     ----------
-    draws : dict of str to ndarray of shape (chain, draw, *shape)
+    draws : dict of str to ndarray of shape (chain, draw, ...)
         Of every parameter.
     log_likelihood : ndarray of shape (chain, draw)
         Of the data at each draw, in nats and in the data's own units, summed over the series that
