@@ -45,8 +45,7 @@ _ROUNDS = ROUNDS
 _RUN = RUN
 
 
-@intrinsic
-def wide(_context: Any) -> Any:
+def _wide(_context: Any) -> Any:
     """Let the loops of a function use the widest vectors of the machine.
 
     LLVM avoids those of 512 bits unless it is told otherwise, for fear of a lower clock frequency;
@@ -59,6 +58,9 @@ def wide(_context: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+wide: Any = intrinsic(_wide)
 
 
 @inline
@@ -79,8 +81,8 @@ def exp(x: float) -> float:
     p = (low + r4 * (middle + r4 * high)) * r2 + r + 1.0
     power = (np.float64(t).view(np.uint64) + _BIAS) << _BITS_52
     y = p * np.uint64(power).view(np.float64)
-    y = 0.0 if x < _LEAST else y
-    return math.inf if x > _LARGEST else y
+    normal = 0.0 if x < _LEAST else float(y)
+    return math.inf if x > _LARGEST else normal
 
 
 @inline

@@ -167,7 +167,7 @@ def _evidence_stderr(cloud: Cloud, plan: Layout, n: int, steps: int) -> Float[Te
     log_weights = cloud.log_weights - shift[:, None]
     eve = cloud.eve[resamplings.long() % 2, series].long()
     end = _Cloud(cloud.z, log_weights, eve, ess, resamplings.long(), alive > 0)
-    stderr = _stderr(end, n, {"dtype": ess.dtype, "device": ess.device})
+    stderr = _stderr(end)
     return torch.where(alive > 0, stderr, torch.nan)
 
 
