@@ -81,8 +81,8 @@ def exp(x: float) -> float:
     p = (low + r4 * (middle + r4 * high)) * r2 + r + 1.0
     power = (np.float64(t).view(np.uint64) + _BIAS) << _BITS_52
     y = p * np.uint64(power).view(np.float64)
-    floored: Any = 0.0 if x < _LEAST else y
-    return math.inf if x > _LARGEST else floored
+    normal = 0.0 if x < _LEAST else float(y)
+    return math.inf if x > _LARGEST else normal
 
 
 @inline

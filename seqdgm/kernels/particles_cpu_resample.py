@@ -170,7 +170,8 @@ def _draw(
         # The guide is exact up to the rounding of this product.
         k = np.int64(level * rate)
         high = guide[k + 2] if k + 2 < n else n - 1
-        out[j] = _search(c, level, guide[k - 1 if k > 0 else 0], high)
+        low = guide[k - 1] if k > 0 else 0
+        out[j] = _search(c, level, low, high)
 
 
 @exact
