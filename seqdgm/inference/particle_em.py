@@ -227,7 +227,7 @@ def _maximise(
         optimizer.zero_grad()
         density = joint_log_density(model, batch, retained.z, retained.x)
         value: Tensor = -(density * weights).sum() * scale
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.detach()
 
     with torch.enable_grad():

@@ -191,10 +191,10 @@ def trajectories(
     paths = {"value": value}
     if wanted:
         # A smoother with particles of its own admits no drawn observation that was fed back.
-        own = redraw or index is None
-        paths["x"] = (
-            _observations(model, batch, value, generator) if own else history.along(index, "x")
-        )
+        if redraw or index is None:
+            paths["x"] = _observations(model, batch, value, generator)
+        else:
+            paths["x"] = history.along(index, "x")
     outside = ~batch.valid
     return Trajectories(
         {k: v.masked_fill(outside[:, None, :, None], torch.nan) for k, v in paths.items()},
@@ -230,8 +230,8 @@ def _resample(
     drawn = draw_particles(law.log_weights.flatten(0, 1), n, generator)
     value = gather(law.value.flatten(0, 1), drawn).reshape(series, steps, n, -1)
     index = None
-    if law.index is not None:
-        index = gather(law.index.flatten(0, 1), drawn).reshape(series, steps, n).mT
+    if law.particles is not None:
+        index = gather(law.particles.flatten(0, 1), drawn).reshape(series, steps, n).mT
     return value.transpose(1, 2), index
 
 
