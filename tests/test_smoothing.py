@@ -119,7 +119,7 @@ def test_long_lag_is_the_genealogy() -> None:
     )
     assert isinstance(law, Weighted)
     ends = history.lineages(torch.arange(300).expand(2, -1))
-    assert torch.equal(law.origin[0], ends[0].T)
+    assert torch.equal(law.particles[0], ends[0].T)
     assert torch.equal(law.log_weights[0, 0], history.steps[-1].log_weights[0])
     assert torch.equal(law.log_weights[1, 0], history.steps[6].log_weights[1])
 

@@ -35,13 +35,13 @@ class Weighted(NamedTuple):
         Reported states.
     log_weights : Tensor of shape (series, time, particle)
         Normalised.
-    origin : Tensor of int or None
+    particles : Tensor of int or None
         Which particles of the filter's steps these are; None where they are others.
     """
 
     value: Float[Tensor, "series time particle state"]
     log_weights: Float[Tensor, "series time particle"]
-    origin: Int[Tensor, "series time particle"] | None
+    particles: Int[Tensor, "series time particle"] | None
 
 
 @torch.no_grad()

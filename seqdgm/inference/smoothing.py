@@ -179,8 +179,6 @@ def trajectories(
     """
     # Given z, the observations of a step depend on nothing else: each trajectory draws its own.
     redraw = model.memoryless and states_are_z(model) and not model.feedback
-    # A simulated observation belongs to the particle that it gave its weight.
-    redraw = redraw and options.weigh is None
     wanted = options.draw_observations
     options = replace(options, draw_observations=wanted and not redraw)
     out, history, law = run(model, batch, options, generator, n, smoother, lag)
@@ -193,11 +191,10 @@ def trajectories(
     paths = {"value": value}
     if wanted:
         # A smoother with particles of its own admits no drawn observation that was fed back.
-        paths["x"] = (
-            _observations(model, batch, value, generator)
-            if redraw or index is None
-            else history.along(index, "x")
-        )
+        if redraw or index is None:
+            paths["x"] = _observations(model, batch, value, generator)
+        else:
+            paths["x"] = history.along(index, "x")
     outside = ~batch.valid
     return Trajectories(
         {k: v.masked_fill(outside[:, None, :, None], torch.nan) for k, v in paths.items()},
@@ -233,8 +230,8 @@ def _resample(
     drawn = draw_particles(law.log_weights.flatten(0, 1), n, generator)
     value = gather(law.value.flatten(0, 1), drawn).reshape(series, steps, n, -1)
     index = None
-    if law.origin is not None:
-        index = gather(law.origin.flatten(0, 1), drawn).reshape(series, steps, n).mT
+    if law.particles is not None:
+        index = gather(law.particles.flatten(0, 1), drawn).reshape(series, steps, n).mT
     return value.transpose(1, 2), index
 
 
