@@ -124,7 +124,7 @@ def volatility(sizes: Sizes) -> Task:
                 data=x,
                 Nx=sizes.n_particles,
                 niter=sizes.iterations,
-                theta0=start,
+                theta0=start.copy(),  # the chain moves in place
                 rw_cov=np.diag([0.2, 0.03, 0.1]) ** 2,
             )
             sampler.run()
