@@ -223,7 +223,8 @@ def population(
     laboratory = _Laboratory(chains, summary, distance, n_simulations, generator)
     free = chains.space.unconstrain(chains.space.sample(n_draws, generator))
     d = laboratory.begin(free)
-    eps, passed, rate, moves = math.inf, [], 1.0, 1
+    eps, rate, moves = math.inf, 1.0, 1
+    passed: list[float] = []
     while len(passed) < max_rounds and rate >= min_accept:
         lower = _next_tolerance(d, eps, keep, 0.0 if tolerance is None else tolerance)
         if lower >= eps:

@@ -343,7 +343,7 @@ class _Plan(torch.autograd.Function):
         return plan
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         plan, weights = ctx.saved_tensors
         count = plan.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -343,7 +343,7 @@ def check_broadcast(
             s = _same(model, "absorb", parts, lambda h=h, z=z: both.absorb(h, z))
             if not model.has_density:
                 # There is no density to compare; the driver checks the shape of what is simulated.
-                _attempt(model, "simulate", lambda s=s, u=u: both.simulate(s, u, generator))
+                _attempt(model, "simulate", partial(both.simulate, s, u, generator))
                 continue
             laws = [m.emission(p, v) for m, p in zip(alone, parts, strict=True)]
             together = _attempt(model, "emission", lambda s=s, u=u: both.emission(s, u))
