@@ -26,6 +26,7 @@ ENGINES = {
     "abc": "seqdgm.inference.abc",
     "variational": "seqdgm.inference.variational",
 }
+APPROXIMATE = frozenset({"ekf", "ukf", "abc"})
 # What the verbs themselves pass to an engine.
 _GIVEN = frozenset({"model", "batch", "n_particles", "generator", "horizon", "start"})
 LEARNERS = {
@@ -58,8 +59,9 @@ def find_verb(
                 f"{type(model).__name__} has no {verb}: none of its engines {list(model.engines)} "
                 "offers it"
             )
-        # The most exact engine, or the most exact one that knows what was asked for.
-        method = next((name for name in offers if _takes(_verb(name, verb), options)), offers[0])
+        # The most exact engine that knows what was asked for; an approximation only by its name.
+        trusted = [name for name in offers if name not in APPROXIMATE] or offers
+        method = next((name for name in trusted if _takes(_verb(name, verb), options)), trusted[0])
     run = _verb(method, verb) if method in model.engines else None
     if run is None:
         raise ValueError(
