@@ -94,7 +94,7 @@ def evidence(
     ...     def transition(self, z, u): return Normal(self.rho * z, 1.0)
     ...     def emission(self, z, u): return Normal(z, 1.0)
     >>> model = Walk()
-    >>> _, batch, _ = prepare(model, [0.3, 1.0, 1.2], None)
+    >>> _, batch, _ = prepare(model, torch.tensor([0.3, 1.0, 1.2]), None)
     >>> value = evidence(model, batch, SMCOptions(100), torch.Generator().manual_seed(0))
     >>> value.sum().backward()
     >>> bool(model.rho.grad > 0)
