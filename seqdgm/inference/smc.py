@@ -348,7 +348,7 @@ def _make_plan(
                 f"{type(model).__name__} has a memory besides z, so that the reference cannot draw "
                 "new ancestors step by step; use ancestor_sampling=False"
             )
-        if model.feedback and not batch.complete:
+        if model.feedback and model.fills_missing and not batch.complete:
             raise ValueError(
                 f"{type(model).__name__} feeds observations back, and some are missing: a "
                 "reference trajectory does not hold them; impute them first"
