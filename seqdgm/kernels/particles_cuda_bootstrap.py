@@ -63,7 +63,7 @@ def bootstrap_volatility(
     problem: VolatilityProblem, n_particles: int, seed: int, threshold: float, moments: bool
 ) -> Bootstrapped:
     """Bootstrap filter of stochastic volatility."""
-    problem = VolatilityProblem._make(None if f is None else readable(f) for f in problem)
+    readable(problem.y)
     mu, rho, sigma, m0, s0, leverage, df, y, mask, lengths = problem
     n, steps = len(lengths), y.shape[1]
     constant = torch.zeros_like(mu)
@@ -112,7 +112,7 @@ def _filter(
     if steps:
         with torch.cuda.device_of(like):
             _launch(shared, plan, n, steps, state, moments)
-    stderr = _evidence_stderr(cloud, plan, n, steps) if steps else like.new_zeros(n)
+    stderr = _evidence_stderr(cloud, plan, n, steps).masked_fill(lengths == 0, 0.0)
     found = (results.mean, results.var) if moments else (None, None)
     return Bootstrapped(results.increments, results.ess, stderr, *found)
 
@@ -147,15 +147,15 @@ def _cloud(like: Tensor, n: int, state: int, plan: Layout, moments: bool) -> Clo
     size = plan.size
     spans = size.programs if moments and not plan.one else 0
     cloud = Cloud(
-        like.new_empty(2, n, state, size.count),
-        like.new_full((n, size.count), -math.log(size.count)),
-        torch.empty(2, n, size.count, dtype=torch.int32, device=like.device),
+        like.new_empty(2, n, state, size.particles),
+        like.new_full((n, size.particles), -math.log(size.particles)),
+        torch.empty(2, n, size.particles, dtype=torch.int32, device=like.device),
         like.new_empty(n, 3, size.programs),
         like.new_empty(n, state, 3, spans),
         like.new_zeros(2, n, 6),
     )
-    cloud.eve[0] = torch.arange(size.count, device=like.device)
-    cloud.status[1, :, 1], cloud.status[1, :, 2] = size.count, 1.0
+    cloud.eve[0] = torch.arange(size.particles, device=like.device)
+    cloud.status[1, :, 1], cloud.status[1, :, 2] = size.particles, 1.0
     return cloud
 
 
@@ -167,8 +167,7 @@ def _evidence_stderr(cloud: Cloud, plan: Layout, n: int, steps: int) -> Float[Te
     log_weights = cloud.log_weights - shift[:, None]
     eve = cloud.eve[resamplings.long() % 2, series].long()
     end = _Cloud(cloud.z, log_weights, eve, ess, resamplings.long(), alive > 0)
-    stderr = _stderr(end)
-    return torch.where(alive > 0, stderr, torch.nan)
+    return torch.where(end.alive, _stderr(end), torch.nan)
 
 
 def _broadcast(axes: int, *fields: Tensor) -> list[Tensor]:

@@ -105,7 +105,7 @@ def move(
     shift, _, _, needed, resamplings, _ = status
     seed, flat = tl.load(panel.seed), tl.load(panel.options + 1)
     old, new = ((t + 1) & 1) * axes.series + n, (t & 1) * axes.series + n
-    weights = cloud.log_weights + n * size.count
+    weights = cloud.log_weights + n * size.particles
     draws = (panel.seed, n.to(tl.int32), t)
     total, u = flat * 0.0, flat * 0.0
     if needed != 0:
@@ -119,25 +119,25 @@ def move(
         inside = particle < last
         ancestor = particle
         if needed != 0:
-            level = (particle.to(tl.float64) + u) * (total / size.count)
+            level = (particle.to(tl.float64) + u) * (total / size.particles)
             ancestor = find(tables, n, program, total, level, size, PROGRAMS)
-            heirs = cloud.eve + (((resamplings + 1) & 1) * axes.series + n) * size.count
-            eve = cloud.eve + ((resamplings & 1) * axes.series + n) * size.count
+            heirs = cloud.eve + (((resamplings + 1) & 1) * axes.series + n) * size.particles
+            eve = cloud.eve + ((resamplings & 1) * axes.series + n) * size.particles
             eve = tl.load(eve + ancestor, mask=inside)
             tl.store(heirs + particle, eve, mask=inside)
             log_weights = tl.zeros(ancestor.shape, tl.float64) + flat
         else:
             log_weights = tl.load(weights + particle, mask=inside, other=float("-inf")) - shift
-        before = cloud.z + old * STATE * size.count + ancestor
+        before = cloud.z + old * STATE * size.particles + ancestor
         known = particle < tl.where(t > 0, last, 0)
         if LINEAR:
             z, gain = move_linear(
-                draws, pair, half, before, known, model, size.count, axes.steps, axes.obs, STATE
+                draws, pair, half, before, known, model, size.particles, axes.steps, axes.obs, STATE
             )
         else:
             z, gain = move_volatility(draws, pair, half, before, known, model)
         for i in tl.static_range(STATE):
-            tl.store(cloud.z + (new * STATE + i) * size.count + particle, z[i], mask=inside)
+            tl.store(cloud.z + (new * STATE + i) * size.particles + particle, z[i], mask=inside)
         log_weights = tl.where(inside, log_weights + gain, float("-inf"))
         tl.store(weights + particle, log_weights, mask=inside)
         sums = add_weights(sums, log_weights)
@@ -173,13 +173,13 @@ def settle(
     good = update & (tl.abs(total) < float("inf"))
     alive = good | ~update
     resamplings += needed
-    ess = tl.where(good, new_ess, tl.where(needed != 0, size.count, ess))
+    ess = tl.where(good, new_ess, tl.where(needed != 0, size.particles, ess))
     shift = tl.where(good, total, 0.0)
     tl.store(results.increments + at, total, mask=update & (program == 0))
     tl.store(results.ess + at, ess, mask=alive & (program == 0))
-    further = (t + 1 < tl.load(panel.lengths + n)) & (size.count > 1)
+    further = (t + 1 < tl.load(panel.lengths + n)) & (size.particles > 1)
     resample = alive & further & (ess < tl.load(panel.options))
-    own = cloud.log_weights + n * size.count
+    own = cloud.log_weights + n * size.particles
     if resample:
         tabulate_span(own, place, shift, tables, size, CHUNK)
     if MOMENTS:
@@ -254,7 +254,7 @@ def leave_moments(
     if alive:
         at = (n * axes.steps + t) * STATE
         for i in range(STATE):
-            z = cloud.z + (((t & 1) * axes.series + n) * STATE + i) * size.count
+            z = cloud.z + (((t & 1) * axes.series + n) * STATE + i) * size.particles
             weight, mean, squares = span_moments(log_weights, z, place, shift, CHUNK)
             if PROGRAMS == 1:
                 tl.store(results.mean + at + i, mean)
@@ -285,7 +285,7 @@ def filter_kernel(
 ) -> None:
     """Filter a series: one program, all steps."""
     n = tl.program_id(0).to(tl.int64)
-    place = (n, tl.program_id(0) * 0, tl.program_id(0) * 0, tl.to_tensor(size.count))
+    place = (n, tl.program_id(0) * 0, tl.program_id(0) * 0, tl.to_tensor(size.particles))
     length = tl.load(panel.lengths + n)
     status = load_status(cloud.status + (axes.series + n) * 6)
     t = tl.program_id(0) * 0
@@ -324,7 +324,7 @@ def half_step_kernel(
     """Half a step of a series that several programs share."""
     n, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     first = program * size.span
-    place = (n, program, first, tl.minimum(first + size.span, size.count))
+    place = (n, program, first, tl.minimum(first + size.span, size.particles))
     status = load_status(cloud.status + (((t + 1) & 1) * axes.series + n) * 6)
     active = (t < tl.load(panel.lengths + n)) & (status[2] != 0)
     partials = cloud.partials + n * 3 * size.programs

@@ -45,7 +45,7 @@ def tables(like: Tensor, n: int, plan: Layout) -> Tables:
     """Room for cumulative sums."""
     programs = plan.size.programs
     return Tables(
-        like.new_empty(n, plan.size.count),
+        like.new_empty(n, plan.size.particles),
         like.new_empty(n, programs),
         like.new_empty(n, programs, programs),
     )

@@ -27,10 +27,10 @@ QUARTER = tl.constexpr(math.pi / 2)
 class Size(NamedTuple):
     """How the particles of a series are divided among programs."""
 
-    count: int  # type: ignore[assignment]  # particles of a series, not a method of tuples
+    particles: int  # of a series
     programs: int
     span: int  # particles of a program, a multiple of the chunk
-    highest: int  # largest power of two up to `count`
+    highest: int  # largest power of two up to `particles`
     highest_span: int  # up to `span`
     highest_program: int  # up to `programs`
 
@@ -182,8 +182,8 @@ def tabulate(
     size: tl.tuple,
 ) -> None:  # fmt: skip
     """Write the cumulative sums of the weights of a chunk; `carry` is the sum before it."""
-    at = tables.cumulative + n * size.count + particle
-    tl.store(at, carry + tl.cumsum(q), mask=particle < size.count)
+    at = tables.cumulative + n * size.particles + particle
+    tl.store(at, carry + tl.cumsum(q), mask=particle < size.particles)
 
 
 @triton.jit
@@ -225,9 +225,9 @@ def find(
 ) -> tl.tensor:
     """Particles at the levels: the first whose cumulative sum exceeds it."""
     level = tl.minimum(level, total - 1.0)
-    sums = tables.cumulative + n * size.count
+    sums = tables.cumulative + n * size.particles
     if PROGRAMS == 1:
-        found = search(sums, size.count, size.highest, level)
+        found = search(sums, size.particles, size.highest, level)
     else:
         before = tables.before + (n * size.programs + program) * size.programs
         owner = search(before, size.programs, size.highest_program, level)
@@ -235,6 +235,6 @@ def find(
         owner = tl.minimum(owner, size.programs - 1)
         level -= tl.load(before + owner - 1, mask=owner > 0, other=0.0)
         first = owner * size.span
-        length = tl.minimum(size.span, size.count - first)
+        length = tl.minimum(size.span, size.particles - first)
         found = first + search(sums + first, length, size.highest_span, level)
-    return tl.minimum(found, size.count - 1)
+    return tl.minimum(found, size.particles - 1)

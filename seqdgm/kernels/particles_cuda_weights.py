@@ -49,8 +49,8 @@ def weigh_kernel(
     """Normalise weights; `result` is the total and the effective sample size, (series, 2)."""
     n, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     first = program * size.span
-    last = tl.minimum(first + size.span, size.count)
-    row, index = n * size.count, tl.arange(0, CHUNK)
+    last = tl.minimum(first + size.span, size.particles)
+    row, index = n * size.particles, tl.arange(0, CHUNK)
     own = partials + n * 3 * size.programs
     sums = no_weights()
     if PHASE != LAST:
@@ -101,7 +101,7 @@ def resample_kernel(
     """
     n, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     first = program * size.span
-    place = (n, program, first, tl.minimum(first + size.span, size.count))
+    place = (n, program, first, tl.minimum(first + size.span, size.particles))
     if tl.load(needed + n) != 0:
         if (PHASE == ALL) | (PHASE == FIRST):
             add_up(log_weights, tables, spans, place, size, SCHEME, CHUNK)
@@ -117,7 +117,7 @@ def resample_kernel(
     elif (PHASE == ALL) | (PHASE == LAST):
         for start in range(first, place[3], CHUNK):
             particle = start + tl.arange(0, CHUNK)
-            at = ancestors + n * size.count + particle
+            at = ancestors + n * size.particles + particle
             tl.store(at, particle.to(tl.int64), mask=particle < place[3])
 
 
@@ -130,7 +130,7 @@ def load_weights(
     size: tl.tuple,
 ) -> tl.tensor:
     """Quantised weights of a chunk; zero beyond the end."""
-    at = log_weights + n * size.count + particle
+    at = log_weights + n * size.particles + particle
     return quantise(tl.load(at, mask=particle < last, other=float("-inf")))
 
 
@@ -188,7 +188,7 @@ def divide(
     """Cumulative sums of the copies of the particles of a span, and of the remainders."""
     n, program, first, last = place
     total, _ = load_spans(spans, n, size, PROGRAMS)
-    count = tl.to_tensor(size.count).to(tl.float64)
+    count = tl.to_tensor(size.particles).to(tl.float64)
     carry = tl.full((), 0.0, tl.float64)
     whole = carry
     for start in range(first, last, CHUNK):
@@ -225,22 +225,22 @@ def draw(
     weight, top = load_spans(spans, n, size, PROGRAMS)
     if SCHEME == RESIDUAL:
         whole = total_before(copies, n, program, size, PROGRAMS)
-    numbers = uniforms + n * size.count
+    numbers = uniforms + n * size.particles
     if SCHEME == SYSTEMATIC:
         numbers = uniforms + n
     if SCHEME == KILLING:
-        numbers = uniforms + n * 2 * size.count
+        numbers = uniforms + n * 2 * size.particles
     for start in range(first, last, CHUNK):
         particle = start + tl.arange(0, CHUNK)
         inside = particle < last
         if SCHEME == SYSTEMATIC:
             u = tl.load(numbers)
         elif SCHEME == KILLING:
-            u = tl.load(numbers + size.count + particle, mask=inside, other=0.0)
+            u = tl.load(numbers + size.particles + particle, mask=inside, other=0.0)
         else:
             u = tl.load(numbers + particle, mask=inside, other=0.0)
         if (SCHEME == SYSTEMATIC) | (SCHEME == STRATIFIED):
-            level = (particle.to(tl.float64) + u) * (total / size.count)
+            level = (particle.to(tl.float64) + u) * (total / size.particles)
         else:
             level = u * total
         found = find(tables, n, program, total, level, size, PROGRAMS)
@@ -253,7 +253,7 @@ def draw(
             chance = tl.load(numbers + particle, mask=inside, other=0.0)
             found = tl.where(chance * top < q, particle, found)
         found = tl.where(weight > 0.0, found, -1)
-        tl.store(ancestors + n * size.count + particle, found.to(tl.int64), mask=inside)
+        tl.store(ancestors + n * size.particles + particle, found.to(tl.int64), mask=inside)
 
 
 # ---------------------------------------------------------------- gathering and backward draws
