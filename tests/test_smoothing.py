@@ -204,7 +204,8 @@ def grid_smoothed(model: Growth, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     ],
 )
 def test_nonlinear_models_agree_with_a_grid(kind: type[Growth], smoother: str) -> None:
-    model, repeats, count = kind(), 40, 150
+    # Gaussian artificial priors fit two modes badly: more particles, for a smaller bias.
+    model, repeats, count = kind(), 40, 300 if smoother == "two-filter" else 150
     y = np.array([1.0, 4.0, np.nan, 2.0, 6.0, 3.0])
     mean, cross = grid_smoothed(model, y)
     batch = repeated(model, y, repeats)
