@@ -79,7 +79,7 @@ def move_linear(
         root = dynamics + STATE
     z: Any = ()
     for i in tl.static_range(STATE):
-        z += (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)  # type: ignore[assignment]
+        z += (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)
     for j in range(STATE):
         old = tl.load(before + j * count, mask=known, other=0.0)
         z = add_column(z, F + j, old, later, STATE)
@@ -106,7 +106,7 @@ def add_column(
     new: Any = ()
     for i in tl.static_range(STATE):
         moved = z[i] + tl.load(column + i * STATE, mask=wanted, other=0.0) * x
-        new += (moved,)  # type: ignore[assignment]
+        new += (moved,)
     return new
 
 
