@@ -26,7 +26,7 @@ SIZES = [
     *[(10**k, 1_000, 100) for k in range(1, 4)],
 ]
 LARGEST = (1, 10**7, 1_000)
-WRITTEN_AT_MOST = 10**8  # particle-steps of the model that a user wrote, which takes longest
+WRITTEN_AT_MOST = 10**7  # particle-steps of the model that a user wrote, which takes longest
 REPEATED_AT_MOST = 10**8  # particle-steps of which the best of three calls is taken
 COLUMNS = (
     "work",
