@@ -27,8 +27,9 @@ from torch.distributions import (
 import seqdgm as sq
 
 COLUMNS = ("by", "persistence", "sigma of the log-variance", "scale exp(mu / 2)")
-# Posterior means of Kim, Shephard and Chib (1998), Review of Economic Studies 65, Table 5, and
-# maximum likelihood by simulation of Durbin and Koopman (2012), section 14.4.
+# Posterior means of Kim, Shephard and Chib (1998), Review of Economic Studies 65, and
+# maximum likelihood by simulation of Durbin and Koopman (2012), Time Series Analysis by State Space
+# Methods, 2nd ed., chapter 14.
 PUBLISHED = {
     "Kim, Shephard and Chib (1998)": ("0.978", "0.158", "0.647"),
     "Durbin and Koopman (2012)": ("0.973", "0.173", "0.634"),
