@@ -179,6 +179,8 @@ def trajectories(
     """
     # Given z, the observations of a step depend on nothing else: each trajectory draws its own.
     redraw = model.memoryless and states_are_z(model) and not model.feedback
+    # A simulated observation belongs to the particle that it gave its weight.
+    redraw = redraw and options.weigh is None
     wanted = options.draw_observations
     options = replace(options, draw_observations=wanted and not redraw)
     out, history, law = run(model, batch, options, generator, n, smoother, lag)
