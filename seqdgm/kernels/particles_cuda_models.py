@@ -77,9 +77,9 @@ def move_linear(
     if t == 0:
         dynamics = model.start + n * model.start_by_series
         root = dynamics + STATE
-    z: Any = ()
+    z = ()
     for i in tl.static_range(STATE):
-        z += (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)
+        z += (tl.load(dynamics + i) + tl.zeros(known.shape, tl.float64),)  # type: ignore[assignment]
     for j in range(STATE):
         old = tl.load(before + j * count, mask=known, other=0.0)
         z = add_column(z, F + j, old, later, STATE)
@@ -103,10 +103,10 @@ def add_column(
     z: tl.tuple, column: tl.tensor, x: tl.tensor, wanted: tl.tensor, STATE: tl.constexpr
 ) -> tl.tuple:
     """Add a column of a square matrix times a number to a vector."""
-    new: Any = ()
+    new = ()
     for i in tl.static_range(STATE):
         moved = z[i] + tl.load(column + i * STATE, mask=wanted, other=0.0) * x
-        new += (moved,)
+        new += (moved,)  # type: ignore[assignment]
     return new
 
 
