@@ -31,6 +31,7 @@ from seqdgm.kernels.cpu_steps import (
     VAR,
     VAR_INF,
     V,
+    carve,
     clean,
     cold,
     contradicts,
@@ -314,15 +315,6 @@ def forward(
     finish(totals, n, rank)
 
 
-@cold
-def evaluate(system: Any, x: Any, mask: Any, steps: int, n: int, w: Any, totals: Any) -> None:
-    """Log-likelihood of series n, by the fastest way: column n of `totals`, rows LOGLIK and so on.
-
-    For compiled callers: `w` comes from `make_work` with steps = 1, `totals` has shape (6, series).
-    """
-    forward(system, x, mask, steps, n, w, 0, totals, w.nothing, LIKELIHOOD)
-
-
 def bind_filter(digest: str) -> Callable[..., None]:
     """The loop of the filter over a range of series, keyed by a digest of its sources."""
 
@@ -333,13 +325,14 @@ def bind_filter(digest: str) -> Callable[..., None]:
         lengths: Any,
         start: int,
         stop: int,
-        work: Any,
+        memory: Any,
         totals: Any,
         out: Any,
         mode: int,
     ) -> None:
         """Filter series start..stop-1."""
         _ = digest
+        work = carve(memory, system.m0.shape[1], x.shape[2])
         for n in range(start, stop):
             base = (n - start) * x.shape[1]
             forward(system, x, mask, lengths[n], n, work, base, totals, out, mode)

@@ -8,7 +8,7 @@ import numpy as np
 
 from seqdgm.kernels.cpu import _compiled
 from seqdgm.kernels.cpu_filter import ALL, LOGLIK
-from seqdgm.kernels.cpu_steps import Moments, Work, make_work
+from seqdgm.kernels.cpu_steps import Memory, Moments, make_memory
 
 
 class Buffers(NamedTuple):
@@ -19,7 +19,7 @@ class Buffers(NamedTuple):
     lengths: np.ndarray  # (series,)
     totals: np.ndarray  # (6, series)
     out: Moments
-    work: Work
+    memory: Memory
     zero: np.ndarray  # what `out.cov_inf` would be without diffuse elements
 
 
@@ -40,7 +40,7 @@ def make_buffers(series: int, steps: int, obs: int, state: int, *, diffuse: bool
             np.empty((series, steps, obs)),
             np.empty((series, steps, obs)),
         ),
-        make_work(state, obs, state if diffuse else 0, 1),
+        make_memory(state, obs, state if diffuse else 0, 1),
         np.zeros(cov),
     )
 
@@ -52,7 +52,7 @@ def filter_arrays(system: Any, buffers: Buffers) -> np.ndarray:
     says; nothing is checked.
     """
     forward, _ = _compiled()
-    x, mask, lengths, totals, out, work, _ = buffers
-    forward(system, x, mask, lengths, 0, len(x), work, totals, out, ALL)
+    x, mask, lengths, totals, out, memory, _ = buffers
+    forward(system, x, mask, lengths, 0, len(x), memory, totals, out, ALL)
     loglik: np.ndarray = totals[LOGLIK]
     return loglik

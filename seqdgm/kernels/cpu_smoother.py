@@ -29,6 +29,7 @@ from seqdgm.kernels.cpu_steps import (
     VAR,
     VAR_INF,
     V,
+    carve,
     clean,
     cold,
     glue,
@@ -285,14 +286,16 @@ def bind_smoother(digest: str) -> Callable[..., None]:
         lengths: Any,
         start: int,
         stop: int,
-        work: Any,
+        memory: Any,
+        obs: int,
         back: Any,
         mean: Any,
         cov: Any,
         lag_one: Any,
     ) -> None:
-        """Smooth series start..stop-1, whose forward passes lie one after another in `work`."""
+        """Smooth series start..stop-1, whose forward passes lie one after another in memory."""
         _ = digest
+        work = carve(memory, mean.shape[2], obs)
         for n in range(start, stop):
             base = (n - start) * mean.shape[1]
             backward(system, lengths[n], n, work, base, back, mean, cov, lag_one)

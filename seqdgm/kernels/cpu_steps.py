@@ -70,7 +70,6 @@ class Work(NamedTuple):
     v: np.ndarray  # innovations (D,)
     watch: np.ndarray  # whether the state has become steady (3,)
     band: np.ndarray  # the two bands of a companion matrix, and a probe (3, Z)
-    nothing: Moments  # histories of length 0
 
 
 def make_moments(
@@ -90,35 +89,68 @@ def make_moments(
     )
 
 
-def make_work(state: int, obs: int, diffuse: int, steps: int) -> Work:
+class Memory(NamedTuple):
+    """What `carve` cuts a `Work` from: every array that is an argument costs time."""
+
+    values: np.ndarray
+    ranks: np.ndarray
+    diffuse: int
+
+
+def make_memory(state: int, obs: int, diffuse: int, steps: int) -> Memory:
     """Allocate the memory of one series."""
-    diffuse_steps = steps if diffuse else 0
+    once = 3 * state**2 + state * (diffuse + 8) + diffuse + 2 * obs**2 + 4 * obs + 3
+    each = obs * (2 * state + 4) + (diffuse * state + obs * state if diffuse else 0)
+    return Memory(np.empty(once + steps * each), np.empty(steps, np.int64), diffuse)
+
+
+@glue
+def cut(memory: Any, start: int, rows: int, columns: int) -> Any:
+    """A matrix in memory."""
+    return memory[start : start + rows * columns].reshape((rows, columns))
+
+
+@glue
+def stack(memory: Any, start: int, steps: int, rows: int, columns: int) -> Any:
+    """A matrix for each step in memory."""
+    return memory[start : start + steps * rows * columns].reshape((steps, rows, columns))
+
+
+@glue
+def carve(memory: Any, state: int, obs: int) -> Any:
+    """The fields of a `Work` as views of memory."""
+    m, q, steps = memory.values, memory.diffuse, memory.ranks.size
+    diffuse_steps = steps if q > 0 else 0
+    vectors = 3 * state * state + state * q + 2 * obs * obs + 3 * state
+    small = vectors + 5 * state + q
+    gains = small + 4 * obs + 3
+    notes = gains + 2 * steps * obs * state
+    lifted = notes + steps * obs * 4
     return Work(
-        np.empty(state),
-        np.empty((state, state)),
-        np.empty((state, diffuse)),
-        np.empty((state, state)),
-        np.empty(state),
-        np.empty(state),
-        np.empty(state),
-        np.empty(diffuse),
-        np.empty(state),
-        np.empty((obs, obs)),
-        np.empty(obs),
-        np.empty(obs),
-        np.empty((steps, obs, state)),
-        np.empty((steps, obs, state)),
-        np.empty((diffuse_steps, obs, state)),
-        np.empty((steps, obs, 4)),
-        np.empty((diffuse_steps, state, diffuse)),
-        np.empty(steps, np.int64),
-        np.empty((state, state)),
-        np.empty(obs),
-        np.empty((obs, obs)),
-        np.empty(obs),
-        np.empty(3),
-        np.empty((3, state)),
-        make_moments(0, 0, obs, state, False, False),
+        m[vectors : vectors + state],
+        cut(m, 0, state, state),
+        cut(m, 3 * state * state, state, q),
+        cut(m, state * state, state, state),
+        m[vectors + state : vectors + 2 * state],
+        m[vectors + 2 * state : vectors + 3 * state],
+        m[vectors + 3 * state : vectors + 4 * state],
+        m[vectors + 5 * state : vectors + 5 * state + q],
+        m[vectors + 4 * state : vectors + 5 * state],
+        cut(m, 3 * state * state + state * q, obs, obs),
+        m[small : small + obs],
+        m[small + obs : small + 2 * obs],
+        stack(m, gains, steps, obs, state),
+        stack(m, gains + steps * obs * state, steps, obs, state),
+        stack(m, lifted, diffuse_steps, obs, state),
+        stack(m, notes, steps, obs, 4),
+        stack(m, lifted + diffuse_steps * obs * state, diffuse_steps, state, q),
+        memory.ranks,
+        cut(m, 2 * state * state, state, state),
+        m[small + 2 * obs : small + 3 * obs],
+        cut(m, 3 * state * state + state * q + obs * obs, obs, obs),
+        m[small + 3 * obs : small + 4 * obs],
+        m[small + 4 * obs : small + 4 * obs + 3],
+        cut(m, vectors - 3 * state, 3, state),
     )
 
 
