@@ -68,7 +68,7 @@ def viewer(dtype: Any) -> Any:
             width = context.get_abi_sizeof(kind)
             lengths = cgutils.unpack_tuple(builder, sizes)
             step = context.get_constant(types.intp, width)
-            strides = []
+            strides: list[Any] = []
             for length in reversed(lengths):
                 strides.insert(0, step)
                 step = builder.mul(step, length)
