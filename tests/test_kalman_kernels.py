@@ -182,6 +182,12 @@ CASES: dict[str, dict[str, Any]] = {
         "systems": {"F": SERIES, "R": SERIES, "m0": SERIES},
         "times": {"H": STEPS, "b": STEPS},
     },
+    "own, fewer observed": {
+        "systems": dict.fromkeys(FIELDS, SERIES),
+        "times": VARYING,
+        "obs": 2,
+    },
+    "own, more observed": {"systems": dict.fromkeys(FIELDS, SERIES), "obs": 4},
     "diagonal": {"noise": "diagonal"},
     "singular R": {"noise": "singular"},
     "zero R": {"noise": "zero", "obs": 2},

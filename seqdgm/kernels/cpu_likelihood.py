@@ -133,8 +133,8 @@ def bind_likelihood(sources: str) -> Callable[..., None]:
         _ = sources
         system = System(
             matrices(places, 0, state, state),
-            matrices(places, 1, obs, state),
-            matrices(places, 2, state, state),
+            matrices(places, 1, state, state),
+            matrices(places, 2, obs, state),
             matrices(places, 3, obs, obs),
             vectors(places, 4, state),
             vectors(places, 5, obs),
