@@ -148,6 +148,16 @@ class StateSpaceModel(SequenceModel):
             f"{type(self).__name__} encodes data but has no proposal(h, c, u)"
         )
 
+    def auxiliary(
+        self, h: Any, z: Tensor, c: Tensor, u: Inputs
+    ) -> Float[Tensor, "*batch time"] | None:
+        """What training maximises besides the bound, for all steps at once; None for nothing.
+
+        `h` and `z` lie along a path drawn from the proposal and `c` is the encoded data, each with
+        axes (..., time, features). Likelihoods never contain it.
+        """
+        return None
+
     def lookahead(
         self, h: Any, x: Tensor, mask: Tensor, u: Inputs
     ) -> Float[Tensor, "*batch"] | None:

@@ -30,6 +30,10 @@ class Trace(NamedTuple):
         1 where the first state has a law of its own and no memory before it, else 0.
     proposals : list of Distribution
         What z was drawn from at each step; empty without latent states.
+    context : Tensor or None
+        Encoded data that the proposals read.
+    x : Tensor or None
+        Observations with the missing ones drawn, where the model fed those back.
     """
 
     h: Any
@@ -37,18 +41,26 @@ class Trace(NamedTuple):
     s: Any
     first: int
     proposals: list[Distribution]
+    context: Tensor | None = None
+    x: Tensor | None = None
 
 
-def scan(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> Trace:
+def scan(
+    model: StateSpaceModel,
+    batch: Batch,
+    generator: torch.Generator,
+    context: Tensor | None = None,
+) -> Trace:
     """Draw one path of states along the data, by the proposal, with gradients.
 
     Missing observations that the model feeds back are drawn from its own emission as it goes.
+    `context` is what `model.encode` gives for the batch, where it is known already.
     """
     if model.latent_dim == 0 and (batch.complete or not model.feedback):
         h = model.memory(model.embed(_previous(batch)), batch.inputs_all())
         if h is not None:
             return Trace(h, None, model.absorb(h, None), 0, [])
-    return _loop(model, batch, generator)
+    return _loop(model, batch, generator, model.encode(batch) if context is None else context)
 
 
 def prior_over_time(
@@ -77,13 +89,14 @@ def _previous(batch: Batch) -> Tensor:
     return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
 
 
-def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> Trace:
+def _loop(
+    model: StateSpaceModel, batch: Batch, generator: torch.Generator, context: Tensor | None
+) -> Trace:
     n = batch.n_series
     s = model.start((n,))
-    context = model.encode(batch)
     embedded = model.embed(_previous(batch)) if model.feedback and batch.complete else None
     x = torch.zeros_like(batch.x[:, 0])
-    hs, zs, ss, proposals = [], [], [], []
+    hs, zs, ss, xs, proposals = [], [], [], [], []
     known = batch.inputs_all()
     steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
     summaries = None if context is None else context.unbind(1)
@@ -105,6 +118,7 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> T
             with torch.no_grad():
                 emission = dist.expand(model.emission(s, u), (n,), batch.x.shape[2])
                 x = dist.fill_missing(emission, batch.x[:, t], batch.mask[:, t], generator)
+            xs.append(x)
         hs.append(h)
         ss.append(s)
     first = int(hs[0] is None)
@@ -114,4 +128,6 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> T
         tree_stack(ss, 1),
         first,
         proposals,
+        context,
+        torch.stack(xs, 1) if xs else None,
     )

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from seqdgm.inference.variational import bound
+from seqdgm.inference.objectives import Objective, evaluate
 from seqdgm.results import FitReport
 from seqdgm.types import Batch, check_count, draw_seed, seeded
 
@@ -67,8 +67,7 @@ class _Objective(nn.Module):
     def forward(
         self, batch: Batch, beta: float, generator: torch.Generator
     ) -> Float[Tensor, "series time"]:
-        terms = bound(self.model, batch, generator)
-        return terms.reconstruction - beta * terms.divergence
+        return evaluate(self.model, batch, Objective(), beta, generator).value
 
 
 @dataclass

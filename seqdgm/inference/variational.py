@@ -16,54 +16,18 @@ AAAI, equations 4-6; Kingma and Welling (2014).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqdgm.inference.scan import prior_over_time, scan
-from seqdgm.nn import distributions as dist
+from seqdgm.inference.objectives import Objective, along, evaluate, replicate
+from seqdgm.inference.scan import scan
 from seqdgm.types import Batch, Evidence, States
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
-
-
-class Bound(NamedTuple):
-    """Terms of the bound, step by step; zero beyond a series' end.
-
-    Attributes
-    ----------
-    reconstruction : Tensor of shape (series, time)
-        log g(x_t | s_t) over observed elements.
-    divergence : Tensor of shape (series, time)
-        KL(q || f) at each step; zero without latent states.
-    value : Tensor of shape (series, time, state)
-        The reported state along the path.
-    """
-
-    reconstruction: Float[Tensor, "series time"]
-    divergence: Float[Tensor, "series time"]
-    value: Float[Tensor, "series time state"]
-
-
-def bound(model: StateSpaceModel, batch: Batch, generator: torch.Generator) -> Bound:
-    """One-sample estimate of the evidence lower bound of every series, with gradients."""
-    trace = scan(model, batch, generator)
-    emission = model.emission(trace.s, batch.inputs_all())
-    shape = batch.x.shape[:2]
-    wide = dist.expand(emission, shape, batch.x.shape[2])
-    valid = batch.valid
-    reconstruction = torch.where(valid, dist.log_prob(wide, batch.x, batch.mask), 0.0)
-    divergence = torch.zeros_like(reconstruction)
-    if trace.proposals:
-        parts = []
-        for steps, prior in prior_over_time(model, batch, trace):
-            parts.append(dist.kl(dist.stack(trace.proposals[steps], 1), prior))
-        divergence = torch.where(valid, torch.cat(parts, 1), 0.0)
-    value = model.report(trace.h, trace.z)
-    return Bound(reconstruction, divergence, value)
 
 
 @torch.no_grad()
@@ -81,7 +45,7 @@ def log_prob(
     counted = batch.valid & (t[None] >= first[:, None])
     draws = []
     for _ in range(n_particles):
-        terms = bound(model, batch, generator)
+        terms = evaluate(model, batch, Objective(), 1.0, generator)
         step = terms.reconstruction.double() - terms.divergence.double()
         draws.append(torch.where(counted, step, 0.0).sum(1))
     values = torch.stack(draws)
@@ -109,10 +73,11 @@ def smooth(
 def _draws(
     model: StateSpaceModel, batch: Batch, n: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "series n time state"], Float[Tensor, "series n"]]:
-    rows = torch.arange(batch.n_series, device=batch.x.device).repeat_interleave(n)
-    terms = bound(model, batch.take(rows), generator)
+    wide, context = replicate(model, batch, n)
+    trace = scan(model, wide, generator, context)
+    terms = along(model, wide, trace)
     shape = (batch.n_series, n, batch.n_steps, -1)
-    value = terms.value.double().reshape(shape)
+    value = model.report(trace.h, trace.z).double().reshape(shape)
     value = value.masked_fill(~batch.valid[:, None, :, None], torch.nan)
     total = (terms.reconstruction.double() - terms.divergence.double()).sum(1)
     return value, total.reshape(batch.n_series, n)
