@@ -2,11 +2,13 @@ r"""Joint densities of trajectories and data, in few calls over (series x trajec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.distributions import Distribution
 
 from seqdgm.inference.pairwise import states_are_z
 from seqdgm.nn import distributions as dist
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
 
 
-class _Along(NamedTuple):
-    """The recursion along given states; h begins at step `first`."""
+class Along(NamedTuple):
+    """The recursion along paths; the leaves of `h` and `s` have axes (series, n, time, ...).
+
+    `h` begins at step `first`: 1 where the first state has no memory before it, else 0.
+    """
 
     h: Any
     s: Any
@@ -58,36 +63,96 @@ def joint_log_density(
     >>> round(joint_log_density(walk, batch, z).item(), 4)  # log N(0; 0, 1) twice
     -1.8379
     """
+    path = follow(model, batch, z, x)
+    count = 1 if z is None else z.shape[1]
+    if x is not None:
+        count = x.shape[1]
+    seen, mask = _observed(model, batch, x, (batch.n_series, count, batch.n_steps))
+    log_g = log_emission(model, batch, path, seen, mask)
+    return log_g.sum(2) if z is None else (log_g + log_prior(model, batch, path, z)).sum(2)
+
+
+def follow(
+    model: StateSpaceModel,
+    batch: Batch,
+    z: Float[Tensor, "series n time state"] | None,
+    x: Float[Tensor, "series n time dim"] | None = None,
+) -> Along:
+    """Run the recursion along given states; arguments as those of `joint_log_density`."""
     count = 1 if z is None else z.shape[1]
     if x is not None:
         count = x.shape[1]
     shape = (batch.n_series, count, batch.n_steps)
-    seen, mask = _observed(model, batch, x, shape)
-    fed = model.embed(_previous(seen)) if model.feedback else None
-    known = batch.inputs_all()
-    u = Inputs(known.values[:, None], known.t)
+    fed = None
+    if model.feedback:
+        seen = batch.x[:, None].expand(*shape, -1) if x is None else x
+        fed = model.embed(_previous(seen))
     if z is not None and model.memoryless and states_are_z(model):
-        along = _at_once(model, batch, z, fed, u, shape)
-    else:
-        along = _loop(model, batch, z, fed, shape)
-    valid = batch.valid[:, None]
-    emission = dist.expand(model.emission(along.s, u), shape, batch.x.shape[2])
-    total = torch.where(valid, dist.log_prob(emission, seen, mask).double(), 0.0).sum(2)
-    if z is None:
-        return total
-    if along.first:
-        first = model.prior(None, batch.inputs_at(0, 1))
+        known = batch.inputs_all()
+        return _at_once(model, batch, z, fed, Inputs(known.values[:, None], known.t), shape)
+    return _loop(model, batch, z, fed, shape)
+
+
+def log_emission(
+    model: StateSpaceModel,
+    batch: Batch,
+    path: Along,
+    x: Float[Tensor, "series n time dim"],
+    mask: Bool[Tensor, "series n time dim"],
+) -> Float[Tensor, "series n time"]:
+    """Log g(x_t | s_t) in float64, zero beyond a series' end."""
+    known = batch.inputs_all()
+    emission = model.emission(path.s, Inputs(known.values[:, None], known.t))
+    steps = dist.log_prob(dist.expand(emission, x.shape[:3], x.shape[3]), x, mask)
+    return torch.where(batch.valid[:, None], steps.double(), 0.0)
+
+
+def log_prior(
+    model: StateSpaceModel, batch: Batch, path: Along, z: Float[Tensor, "series n time state"]
+) -> Float[Tensor, "series n time"]:
+    """Log f(z_t | h_t) in float64, zero beyond a series' end."""
+    return _over_time(model, batch, path, z, model.prior)
+
+
+def log_proposal(
+    model: StateSpaceModel,
+    batch: Batch,
+    path: Along,
+    z: Float[Tensor, "series n time state"],
+    context: Float[Tensor, "series time features"],
+) -> Float[Tensor, "series n time"]:
+    """Log q(z_t | h_t, c_t) in float64, zero beyond a series' end."""
+    wide = context[:, None]
+
+    def law(h: Any, u: Inputs) -> Distribution:
+        return model.proposal(h, wide[:, :, 0] if h is None else wide[:, :, path.first :], u)
+
+    return _over_time(model, batch, path, z, law)
+
+
+def _over_time(
+    model: StateSpaceModel,
+    batch: Batch,
+    path: Along,
+    z: Tensor,
+    law: Callable[[Any, Inputs], Distribution | None],
+) -> Float[Tensor, "series n time"]:
+    """Log-density of z under a law of every step, in as few calls as the first step allows."""
+    parts = []
+    if path.first:
+        first = law(None, batch.inputs_at(0, 1))
         assert first is not None
-        first = dist.expand(first, shape[:2], model.latent_dim)
-        total = total + dist.log_prob(first, z[:, :, 0]).double()
-    if shape[2] > along.first:
-        later = Inputs(u.values[:, :, along.first :], u.t[along.first :])
-        rest = model.prior(along.h, later)
+        first = dist.expand(first, z.shape[:2], model.latent_dim)
+        parts.append(dist.log_prob(first, z[:, :, 0])[:, :, None])
+    if z.shape[2] > path.first:
+        known = batch.inputs_all()
+        rest = law(path.h, Inputs(known.values[:, None, path.first :], known.t[path.first :]))
         assert rest is not None
-        rest = dist.expand(rest, (*shape[:2], shape[2] - along.first), model.latent_dim)
-        steps = dist.log_prob(rest, z[:, :, along.first :]).double()
-        total = total + torch.where(valid[..., along.first :], steps, 0.0).sum(2)
-    return total
+        later = z[:, :, path.first :]
+        rest = dist.expand(rest, later.shape[:3], model.latent_dim)
+        parts.append(dist.log_prob(rest, later))
+    steps = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return torch.where(batch.valid[:, None], steps.double(), 0.0)
 
 
 def _observed(
@@ -114,7 +179,7 @@ def _at_once(
     fed: Tensor | None,
     u: Inputs,
     shape: tuple[int, int, int],
-) -> _Along:
+) -> Along:
     first = model.advance(
         model.start(shape[:2]), None if fed is None else fed[:, :, 0], batch.inputs_at(0, 1)
     )
@@ -123,10 +188,10 @@ def _at_once(
         later = Inputs(u.values[:, :, 1:], u.t[1:])
         h = model.advance(z[:, :, :-1], None if fed is None else fed[:, :, 1:], later)
     if first is None:
-        return _Along(h, z, 1)
+        return Along(h, z, 1)
     if h is None:
-        return _Along(tree_map(lambda leaf: leaf[:, :, None], first), z, 0)
-    return _Along(_join(first, h), z, 0)
+        return Along(tree_map(lambda leaf: leaf[:, :, None], first), z, 0)
+    return Along(_join(first, h), z, 0)
 
 
 def _join(first: Any, later: Any) -> Any:
@@ -144,7 +209,7 @@ def _loop(
     z: Tensor | None,
     fed: Tensor | None,
     shape: tuple[int, int, int],
-) -> _Along:
+) -> Along:
     s = model.start(shape[:2])
     hs, ss = [], []
     for t in range(shape[2]):
@@ -153,4 +218,4 @@ def _loop(
         hs.append(h)
         ss.append(s)
     first = int(hs[0] is None)
-    return _Along(tree_stack(hs[first:], 2) if len(hs) > first else None, tree_stack(ss, 2), first)
+    return Along(tree_stack(hs[first:], 2) if len(hs) > first else None, tree_stack(ss, 2), first)

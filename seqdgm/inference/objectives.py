@@ -1,66 +1,120 @@
 r"""Objectives of learning: bounds of the log-likelihood, step by step and with gradients.
 
-With :math:`w_t = g(x_t \mid s_t) f(z_t \mid h_t) / q(z_t \mid h_t, x)`, one path drawn from the
-proposal gives the evidence lower bound,
+With K particles, :math:`w_t^k = g(x_t \mid s_t^k) f(z_t^k \mid h_t^k) / q(z_t^k \mid h_t^k, x)`:
 
-.. math::
+========== ===================================================================================
+``"elbo"`` :math:`E_q \sum_t [\log g(x_t \mid s_t) - \mathrm{KL}(q \,\|\, f)]`, the divergence in
+           closed form where there is one, averaged over K paths
+``"iwae"`` :math:`E_q \log \frac1K \sum_k \prod_t w_t^k`; tighter the larger K is
+``"fivo"`` :math:`E \log \hat Z`, the evidence of a particle filter that resamples as it goes; it
+           tightens with K for long series too
+``"rws"``  reweighted wake-sleep: in place of a bound's gradient
+           :math:`\sum_k W^k \nabla \log p(x, z^k)` for the model and
+           :math:`\sum_k W^k \nabla \log q(z^k \mid x)` for the proposal, which come nearer to the
+           gradients of the likelihood and of -KL(posterior || q) with K. With resampling it is
+           neural adaptive sequential Monte Carlo, with the weights of the filter at each step
+========== ===================================================================================
 
-    \log p(x_{1:T}) \ge E_q \sum_t \left[ \log g(x_t \mid s_t)
-        - \mathrm{KL}(q(z_t \mid h_t, x) \,\|\, f(z_t \mid h_t)) \right],
+All are the same loop; :math:`E_q \log \hat Z \le \log p(x)` because the estimate of the likelihood
+is unbiased. Weights are kept in float64.
 
-with the divergence in closed form where there is one.
+Gradients flow through the draws of z. Resampling jumps, and is left out of them unless
+`resampling_gradients`: then each step's choice of ancestors adds its score times the evidence of
+the steps from there on (exact for ``threshold=1``; the gradient has a large variance). The
+doubly reparameterised gradient of ``"iwae"`` leaves the score of q out as well, with
+:math:`\sum_k (W^k)^2 \partial_z \log w^k\, \mathrm{d} z^k / \mathrm{d}\phi` in its place: the same
+expectation, and a signal that does not drown as K grows.
 
 References
 ----------
 Krishnan, Shalit and Sontag (2017), Structured inference networks for nonlinear state space models,
-AAAI, equations 4-6; Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016), Improved
-variational inference with inverse autoregressive flow, *NIPS 29*, appendix C.8 (free bits).
+*AAAI*, equations 4-6; Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders,
+*ICLR*; Maddison et al. (2017), Filtering variational objectives, *NIPS 30*, section 4; Le et al.
+(2018), Auto-encoding sequential Monte Carlo, *ICLR*; Naesseth et al. (2018), Variational sequential
+Monte Carlo, *AISTATS*; Tucker, Lawson, Gu and Maddison (2019), Doubly reparameterized gradient
+estimators for Monte Carlo objectives, *ICLR*, section 3; Bornschein and Bengio (2015), Reweighted
+wake-sleep, *ICLR*, section 2; Gu, Ghahramani and Turner (2015), Neural adaptive sequential Monte
+Carlo, *NIPS 28*, section 3; Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling (2016),
+Improved variational inference with inverse autoregressive flow, *NIPS 29*, appendix (free bits).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution
 
-from seqdgm.inference.scan import Trace, prior_over_time, scan
+from seqdgm.inference import joint
+from seqdgm.inference.particle_scan import Steering, Swarm, increments, particle_scan
+from seqdgm.inference.scan import Trace, copied, prior_over_time, scan
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, check_count
+from seqdgm.types import Batch, Inputs, check_count, tree_map
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
 
-Name = Literal["elbo"]
+Name = Literal["elbo", "iwae", "fivo", "rws"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What to maximise.
+    """What to maximise; see the module's table.
 
     Attributes
     ----------
-    name : str
-        ``"elbo"``.
+    name : {"elbo", "iwae", "fivo", "rws"}
     n_particles : int
-        Paths of every series, over which the evidence lower bound is averaged.
+        Particles of every series.
+    threshold : float
+        ``"fivo"`` and ``"rws"`` resample a series when its effective sample size falls below this
+        share of the particles: 1 at every step, 0 never.
+    resampling_gradients : bool
+        For ``"fivo"``: whether the choice of ancestors has a gradient too.
+    doubly_reparameterised : bool
+        For ``"iwae"``: leave the score of the proposal out of the gradient.
     free_bits : float
-        Nats of divergence that cost nothing at each step: a smaller one counts as this many.
+        For ``"elbo"``: nats of divergence that cost nothing at each step of each series; a smaller
+        one counts as this many, and has no gradient.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, a number out of its range, or an option of another objective.
+
+    Examples
+    --------
+    >>> Objective("iwae", n_particles=8, doubly_reparameterised=True).n_particles
+    8
     """
 
     name: Name = "elbo"
     n_particles: int = 1
+    threshold: float = 0.5
+    resampling_gradients: bool = False
+    doubly_reparameterised: bool = False
     free_bits: float = 0.0
 
     def __post_init__(self) -> None:
         check_count("n_particles", self.n_particles)
         if self.name not in get_args(Name):
             raise ValueError(f"objective={self.name!r} is unknown; choose one of {get_args(Name)}")
-        if self.free_bits < 0:
+        if self.name == "rws" and self.n_particles < 2:
+            raise ValueError("objective='rws' compares particles: n_particles must be at least 2")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold!r} must lie between 0 and 1")
+        if not self.free_bits >= 0:
             raise ValueError(f"free_bits={self.free_bits!r} must not be negative")
+        for option, owner in (
+            ("resampling_gradients", "fivo"),
+            ("doubly_reparameterised", "iwae"),
+            ("free_bits", "elbo"),
+        ):
+            if getattr(self, option) and self.name != owner:
+                raise ValueError(f"{option} goes with objective={owner!r}, not {self.name!r}")
 
 
 class Terms(NamedTuple):
@@ -69,12 +123,14 @@ class Terms(NamedTuple):
     Attributes
     ----------
     value : Tensor of shape (series, time)
-        To be maximised, with gradients.
+        To be maximised, with gradients. Several particles: increments of the log of the mean
+        weight, which add up to the bound.
     reconstruction : Tensor of shape (series, time)
-        log g(x_t | s_t) over observed elements.
+        log g(x_t | s_t) over observed elements; the mean by the weights after the step.
     divergence : Tensor of shape (series, time)
-        Of the proposal from the prior; zero without latent states. The bound of the log-likelihood
-        itself is the reconstruction less the divergence.
+        Of the proposal from the prior; zero without latent states. Several particles: what the
+        bound falls short of the reconstruction. With ``beta=1`` the bound of the log-likelihood,
+        without a model's auxiliary term, is the reconstruction less the divergence.
     """
 
     value: Float[Tensor, "series time"]
@@ -111,23 +167,15 @@ def evaluate(
     >>> terms.value.shape
     torch.Size([1, 12])
     """
-    count = objective.n_particles if model.latent_dim else 1
-    wide, context = replicate(model, batch, count)
-    trace = scan(model, wide, generator, context)
-    found = along(model, wide, trace)
-    divergence = found.divergence
-    if objective.free_bits and model.latent_dim:
-        floor = divergence.clamp_min(objective.free_bits)
-        value = found.reconstruction - beta * torch.where(wide.valid, floor, 0.0)
-    else:
-        value = found.reconstruction - beta * divergence
-    extra = auxiliary(model, wide, trace)
-    if extra is not None:
-        value = value + extra
-    terms = Terms(value, found.reconstruction, divergence)
-    if count == 1:
-        return terms
-    return Terms(*(part.unflatten(0, (batch.n_series, count)).mean(1) for part in terms))
+    if objective.name == "elbo" or not model.latent_dim:
+        return _elbo(model, batch, objective, beta, generator)
+    never = objective.threshold == 0 or objective.n_particles == 1
+    if objective.name == "iwae" or (objective.name == "fivo" and never):
+        return _iwae(model, batch, objective, beta, generator)
+    return _fivo(model, batch, objective, beta, generator)
+
+
+# ------------------------------------------------------------------------------ independent paths
 
 
 class Path(NamedTuple):
@@ -137,8 +185,11 @@ class Path(NamedTuple):
     divergence: Float[Tensor, "series time"]
 
 
-def along(model: StateSpaceModel, batch: Batch, trace: Trace) -> Path:
-    """Reconstruction and divergence along a path that the proposal drew."""
+def along(model: StateSpaceModel, batch: Batch, trace: Trace, *, closed: bool = True) -> Path:
+    """Reconstruction and divergence along a path that the proposal drew.
+
+    The divergence is in closed form where there is one and it is wanted, else log q(z) - log f(z).
+    """
     emission = model.emission(trace.s, batch.inputs_all())
     shape = (batch.n_series, batch.n_steps)
     wide = dist.expand(emission, shape, batch.x.shape[2])
@@ -150,32 +201,210 @@ def along(model: StateSpaceModel, batch: Batch, trace: Trace) -> Path:
     parts = []
     for steps, prior in prior_over_time(model, batch, trace):
         proposal = dist.stack(trace.proposals[steps], 1)
-        parts.append(divergence(proposal, prior, trace.z[:, steps]))
+        parts.append(_divergence(proposal, prior, trace.z[:, steps], closed))
     return Path(reconstruction, torch.where(valid, torch.cat(parts, 1), 0.0))
 
 
-def divergence(q: Distribution, p: Distribution, z: Tensor) -> Float[Tensor, "*batch"]:
-    """KL(q || p) in closed form, or log q(z) - log p(z) where there is none."""
-    try:
-        return dist.kl(q, p)
-    except NotImplementedError:
-        return dist.log_prob(q, z) - dist.log_prob(p, z)
+def _divergence(
+    q: Distribution, p: Distribution, z: Tensor, closed: bool
+) -> Float[Tensor, "*batch"]:
+    if closed:
+        try:
+            return dist.kl(q, p)
+        except NotImplementedError:
+            pass
+    return dist.log_prob(q, z) - dist.log_prob(p, z)
 
 
-def replicate(model: StateSpaceModel, batch: Batch, count: int) -> tuple[Batch, Tensor | None]:
-    """Every series `count` times over, and the encoded data, which are encoded once."""
-    context = model.encode(batch) if model.latent_dim else None
+def replicate(batch: Batch, count: int) -> Batch:
+    """Every series `count` times over, one after another."""
+    return batch if count == 1 else batch.take(copied(batch, count))
+
+
+def _elbo(
+    model: StateSpaceModel,
+    batch: Batch,
+    objective: Objective,
+    beta: float,
+    generator: torch.Generator,
+) -> Terms:
+    count = objective.n_particles if model.latent_dim else 1
+    wide = replicate(batch, count)
+    trace = scan(model, batch, generator, count)
+    found = along(model, wide, trace)
+    charged = found.divergence
+    if objective.free_bits and model.latent_dim:
+        charged = torch.where(wide.valid, charged.clamp_min(objective.free_bits), 0.0)
+    value = found.reconstruction - beta * charged
+    if trace.z is not None and trace.context is not None:
+        value = _with_auxiliary(
+            model, wide, value, trace.h, trace.z, trace.context, batch.inputs_all()
+        )
+    terms = Terms(value, found.reconstruction, found.divergence)
     if count == 1:
-        return batch, context
-    rows = torch.arange(batch.n_series, device=batch.x.device).repeat_interleave(count)
-    return batch.take(rows), None if context is None else context[rows]
+        return terms
+    return Terms(*(part.unflatten(0, (batch.n_series, count)).mean(1) for part in terms))
 
 
-def auxiliary(
-    model: StateSpaceModel, batch: Batch, trace: Trace
-) -> Float[Tensor, "series time"] | None:
-    """The model's own term of training, zero beyond a series' end; None where it has none."""
-    if trace.z is None or trace.context is None:
-        return None
-    extra = model.auxiliary(trace.h, trace.z, trace.context, batch.inputs_all())
-    return None if extra is None else torch.where(batch.valid, extra, 0.0)
+def _with_auxiliary(
+    model: StateSpaceModel, batch: Batch, value: Tensor, h: Any, z: Tensor, c: Tensor, u: Inputs
+) -> Tensor:
+    """Add the model's own term of training, where it has one; the mean over particles."""
+    extra = model.auxiliary(h, z, c, u)
+    if extra is None:
+        return value
+    if extra.ndim > 2:
+        extra = extra.mean(1)
+    return value + torch.where(batch.valid, extra, 0.0)
+
+
+def _iwae(
+    model: StateSpaceModel,
+    batch: Batch,
+    objective: Objective,
+    beta: float,
+    generator: torch.Generator,
+) -> Terms:
+    count = objective.n_particles
+    shape = (batch.n_series, count)
+    trace = scan(model, batch, generator, count)
+    never = torch.zeros_like(batch.valid)
+    h = tree_map(lambda leaf: leaf.unflatten(0, shape), trace.h)
+    assert trace.z is not None
+    z = trace.z.unflatten(0, shape)
+    context = None if trace.context is None else trace.context[::count]
+    if objective.doubly_reparameterised and torch.is_grad_enabled():
+        x = None if trace.x is None else trace.x.unflatten(0, shape)
+        value, reconstruction, bound = _doubly(model, batch, z, context, x, beta)
+    else:
+        found = along(model, replicate(batch, count), trace, closed=False)
+        log_g, ratio = (part.unflatten(0, shape).double() for part in found)
+        bound, log_weights = increments(log_g - beta * ratio, never)
+        value, reconstruction = bound, _mean(log_g, log_weights)
+    return _terms(model, batch, value, reconstruction, bound, (h, z, context))
+
+
+def _terms(
+    model: StateSpaceModel,
+    batch: Batch,
+    value: Tensor,
+    reconstruction: Tensor,
+    bound: Tensor,
+    path: tuple[Any, Tensor, Tensor | None],
+) -> Terms:
+    """Terms from increments of a bound, with the model's auxiliary term."""
+    h, z, context = path
+    if context is not None:
+        known = batch.inputs_all()
+        u = Inputs(known.values[:, None], known.t)
+        value = _with_auxiliary(model, batch, value, h, z, context[:, None], u)
+    return Terms(value, reconstruction, reconstruction - bound.detach())
+
+
+def _mean(x: Tensor, log_weights: Tensor) -> Float[Tensor, "series time"]:
+    """Mean over particles, without a gradient."""
+    return (log_weights.exp() * x).sum(1).detach()
+
+
+def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of one and the gradient of the other."""
+    return value.detach() + surrogate - surrogate.detach()
+
+
+def _doubly(
+    model: StateSpaceModel,
+    batch: Batch,
+    z: Float[Tensor, "series particle time state"],
+    context: Tensor | None,
+    x: Tensor | None,
+    beta: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Value, reconstruction and bound of IWAE with the doubly reparameterised gradient.
+
+    Along paths that are held fixed, the gradient of the model's density is explicit, with weights
+    W, and that of :math:`\log w` with respect to z is known; the latter, with weights
+    :math:`\beta W^2 + (1 - \beta) W`, pulls on the paths as they were drawn. (For
+    :math:`\beta \ne 1` the score of q enters only with the factor beta.)
+    """
+    if context is None:
+        raise ValueError(
+            f"{type(model).__name__} has no proposal of its own, whose gradient could be doubly "
+            "reparameterised; use doubly_reparameterised=False"
+        )
+    fixed = z.detach().requires_grad_()
+    path = joint.follow(model, batch, fixed, x)
+    wide = (*fixed.shape[:3], batch.x.shape[2])
+    seen, mask = batch.x[:, None].expand(wide), batch.mask[:, None].expand(wide)
+    log_g = joint.log_emission(model, batch, path, seen, mask)
+    log_f = joint.log_prior(model, batch, path, fixed)
+    log_q = joint.log_proposal(model, batch, path, fixed, context.detach())
+    log_w = log_g + beta * (log_f - log_q)
+    (pull,) = torch.autograd.grad(log_w.sum(), fixed, retain_graph=True)
+    bound, log_weights = increments(log_w.detach(), torch.zeros_like(batch.valid))
+    final = log_weights[:, :, -1:].exp()
+    squared = (beta * final.square() + (1 - beta) * final)[..., None]
+    explicit = (final * (log_g + beta * log_f)).sum(1)
+    surrogate = explicit + (squared * pull.double() * z.double()).sum((1, 3))
+    return _with_gradient_of(bound, surrogate), _mean(log_g, log_weights), bound
+
+
+# ----------------------------------------------------------------------------- resampled particles
+
+
+def _fivo(
+    model: StateSpaceModel,
+    batch: Batch,
+    objective: Objective,
+    beta: float,
+    generator: torch.Generator,
+) -> Terms:
+    """Particle filters, for a filtering bound or for reweighted wake-sleep."""
+    wake = objective.name == "rws"
+    how = Steering(
+        objective.n_particles,
+        objective.threshold,
+        beta,
+        independent=objective.resampling_gradients,
+        reparameterised=not wake,
+    )
+    swarm = particle_scan(model, batch, how, generator)
+    wide = (*swarm.z.shape[:3], batch.x.shape[2])
+    seen, mask = batch.x[:, None].expand(wide), batch.mask[:, None].expand(wide)
+    log_g = joint.log_emission(model, batch, swarm.path, seen, mask)
+    log_w, log_f, log_q = log_g, None, None
+    if swarm.proposals is not None:
+        log_q = _log_q(batch, swarm)
+        log_f = joint.log_prior(model, batch, swarm.path, swarm.z)
+        log_w = log_g + beta * (log_f - log_q)
+    elif wake:
+        log_f = joint.log_prior(model, batch, swarm.path, swarm.z)
+    bound, log_weights = increments(log_w, swarm.resampled)
+    value = bound
+    if wake:
+        parts = [part for part in (log_g, log_f, log_q) if part is not None]
+        # Paths that were never resampled are weighed as a whole.
+        weights = log_weights if objective.threshold else log_weights[:, :, -1:]
+        value = _with_gradient_of(bound, (weights.detach().exp() * sum(parts)).sum(1))
+    elif objective.resampling_gradients:
+        value = _with_gradient_of(bound, bound + _scores(swarm, log_weights, bound))
+    path = (swarm.path.h, swarm.z, swarm.context)
+    return _terms(model, batch, value, _mean(log_g, log_weights), bound, path)
+
+
+def _log_q(batch: Batch, swarm: Swarm) -> Float[Tensor, "series particle time"]:
+    assert swarm.proposals is not None
+    steps = dist.log_prob(swarm.proposals, swarm.z).double()
+    return torch.where(batch.valid[:, None], steps, 0.0)
+
+
+def _scores(
+    swarm: Swarm,
+    log_weights: Float[Tensor, "series particle time"],
+    bound: Float[Tensor, "series time"],
+) -> Float[Tensor, "series time"]:
+    """Log-probability of the ancestors of each step times the log-evidence from there on."""
+    before = log_weights[:, :, :-1]
+    chosen = before.gather(1, swarm.ancestors[:, :, 1:]).sum(1)
+    chosen = torch.where(swarm.resampled[:, 1:], chosen, 0.0)
+    future = bound.detach().flip(1).cumsum(1).flip(1)[:, 1:]
+    return torch.nn.functional.pad(chosen * future, (1, 0))

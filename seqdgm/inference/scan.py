@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -49,18 +50,19 @@ def scan(
     model: StateSpaceModel,
     batch: Batch,
     generator: torch.Generator,
-    context: Tensor | None = None,
+    copies: int = 1,
 ) -> Trace:
-    """Draw one path of states along the data, by the proposal, with gradients.
+    """Draw paths of states along the data, by the proposal, with gradients.
 
-    Missing observations that the model feeds back are drawn from its own emission as it goes.
-    `context` is what `model.encode` gives for the batch, where it is known already.
+    Missing observations that the model feeds back are drawn from its own emission as it goes. The
+    `copies` paths of a series come one after another in the axis of the series; what all of them
+    read is computed once.
     """
     if model.latent_dim == 0 and (batch.complete or not model.feedback):
-        h = model.memory(model.embed(_previous(batch)), batch.inputs_all())
+        h = model.memory(model.embed(previous(batch)), batch.inputs_all())
         if h is not None:
             return Trace(h, None, model.absorb(h, None), 0, [])
-    return _loop(model, batch, generator, model.encode(batch) if context is None else context)
+    return _loop(model, batch, generator, copies)
 
 
 def prior_over_time(
@@ -84,17 +86,26 @@ def prior_over_time(
     return out
 
 
-def _previous(batch: Batch) -> Tensor:
+def copied(batch: Batch, copies: int) -> Int[Tensor, "rows"]:
+    """Numbers of the series, each as often as it has paths."""
+    return torch.arange(batch.n_series, device=batch.x.device).repeat_interleave(copies)
+
+
+def previous(batch: Batch) -> Tensor:
     """Observations shifted by one step, zeros before the first."""
     return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
 
 
-def _loop(
-    model: StateSpaceModel, batch: Batch, generator: torch.Generator, context: Tensor | None
-) -> Trace:
+def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
+    context = model.encode(batch)
+    embedded = model.embed(previous(batch)) if model.feedback and batch.complete else None
+    if copies > 1:
+        rows = copied(batch, copies)
+        batch = batch.take(rows)
+        context = None if context is None else context[rows]
+        embedded = None if embedded is None else embedded[rows]
     n = batch.n_series
     s = model.start((n,))
-    embedded = model.embed(_previous(batch)) if model.feedback and batch.complete else None
     x = torch.zeros_like(batch.x[:, 0])
     hs, zs, ss, xs, proposals = [], [], [], [], []
     known = batch.inputs_all()

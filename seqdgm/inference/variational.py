@@ -73,8 +73,8 @@ def smooth(
 def _draws(
     model: StateSpaceModel, batch: Batch, n: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "series n time state"], Float[Tensor, "series n"]]:
-    wide, context = replicate(model, batch, n)
-    trace = scan(model, wide, generator, context)
+    wide = replicate(batch, n)
+    trace = scan(model, batch, generator, n)
     terms = along(model, wide, trace)
     shape = (batch.n_series, n, batch.n_steps, -1)
     value = model.report(trace.h, trace.z).double().reshape(shape)

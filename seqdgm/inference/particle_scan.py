@@ -1,0 +1,235 @@
+"""Paths of interacting particles along observed series, for learning.
+
+The loop is that of `seqdgm.inference.scan` with an axis for particles, which are resampled as they
+go. Whom to keep is decided without gradients; afterwards every prior, proposal and emission is
+evaluated once more, with gradients, in one call over (series x particles x time).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.distributions import Distribution
+
+from seqdgm.inference.joint import Along
+from seqdgm.inference.resampling import adaptive, gather, multinomial, systematic, weigh
+from seqdgm.inference.scan import previous
+from seqdgm.nn import distributions as dist
+from seqdgm.types import Batch, Inputs, tree_map, tree_stack
+
+if TYPE_CHECKING:
+    from seqdgm.recursion import StateSpaceModel
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How particles are drawn and resampled.
+
+    Attributes
+    ----------
+    n_particles : int
+    threshold : float
+        Resample when the effective sample size falls below this share of the particles.
+    beta : float
+        Power of f / q in the weights.
+    independent : bool
+        Whether ancestors are drawn independently of each other (multinomial resampling); else
+        systematically.
+    reparameterised : bool
+        Whether gradients flow through the draws. Where not, the proposals have no gradient to the
+        memory either: what the memory learns, it learns from the model.
+    """
+
+    n_particles: int
+    threshold: float
+    beta: float = 1.0
+    independent: bool = False
+    reparameterised: bool = True
+
+
+class Swarm(NamedTuple):
+    """Particles of every step.
+
+    Attributes
+    ----------
+    path : Along
+    z : Tensor of shape (series, particle, time, state)
+    proposals : Distribution or None
+        What z was drawn from; None where that is the prior.
+    ancestors : Tensor of int, shape (series, particle, time)
+        Numbers of the particles of the step before.
+    resampled : Tensor of bool, shape (series, time)
+        Whether the series was resampled before the step.
+    context : Tensor of shape (series, time, features) or None
+        Encoded data.
+    """
+
+    path: Along
+    z: Float[Tensor, "series particle time state"]
+    proposals: Distribution | None
+    ancestors: Int[Tensor, "series particle time"]
+    resampled: Bool[Tensor, "series time"]
+    context: Tensor | None
+
+
+@dataclass
+class _Cloud:
+    """The particles between two steps.
+
+    `x` are observations with the missing ones drawn, where the model reads those back.
+    """
+
+    s: Any
+    x: Tensor | None
+    log_weights: Float[Tensor, "series particle"]
+    ess: Float[Tensor, "series"]
+
+
+class _Step(NamedTuple):
+    """What is kept of one step."""
+
+    h: Any
+    z: Tensor
+    s: Any
+    law: Distribution
+    ancestors: Int[Tensor, "series particle"]
+    resampled: Bool[Tensor, "series"]
+
+
+def particle_scan(
+    model: StateSpaceModel, batch: Batch, how: Steering, generator: torch.Generator
+) -> Swarm:
+    """Draw particles along the data, by the proposal, with gradients.
+
+    Missing observations that the model feeds back are drawn from its own emission as it goes.
+    """
+    shape = (batch.n_series, how.n_particles)
+    context = model.encode(batch)
+    fed = model.embed(previous(batch)) if model.feedback and batch.complete else None
+    drawn = model.feedback and fed is None
+    cloud = _Cloud(
+        model.start(shape),
+        batch.x.new_zeros(*shape, batch.x.shape[2]) if drawn else None,
+        batch.x.new_zeros(shape, dtype=torch.float64),
+        batch.x.new_full(shape[:1], how.n_particles, dtype=torch.float64),
+    )
+    steps = []
+    for t in range(batch.n_steps):
+        u = batch.inputs_at(t, 1)
+        chosen = _resample(cloud, how, batch, t, generator)
+        read = None if fed is None else fed[:, t, None].expand(*shape, -1)
+        if cloud.x is not None:
+            read = model.embed(cloud.x)
+        h = model.advance(cloud.s, read, u)
+        law = _law(model, h, None if context is None else context[:, t, None], u, how)
+        law = dist.expand(law, shape, model.latent_dim)
+        z = dist.sample(law, generator, reparameterised=how.reparameterised)
+        cloud.s = model.absorb(h, z)
+        steps.append(_Step(h, z, cloud.s, law, *chosen))
+        _weigh(model, batch, t, u, how, steps[-1], cloud, generator, bootstrap=context is None)
+    return _stacked(steps, context)
+
+
+def _resample(
+    cloud: _Cloud, how: Steering, batch: Batch, t: int, generator: torch.Generator
+) -> tuple[Int[Tensor, "series particle"], Bool[Tensor, "series"]]:
+    """Let the particles of series with uneven weights choose their ancestors."""
+    own = torch.arange(how.n_particles, device=batch.x.device).expand_as(cloud.log_weights)
+    never = torch.zeros_like(batch.lengths, dtype=torch.bool)
+    if not t:
+        return own, never
+    scheme = multinomial if how.independent else systematic
+    done = adaptive(scheme, how.threshold)(cloud.log_weights, cloud.ess, generator)
+    if done is None:
+        return own, never
+    (ancestors, cloud.log_weights, _), resampled = done
+    cloud.s = tree_map(partial(gather, ancestors=ancestors), cloud.s)
+    cloud.x = None if cloud.x is None else gather(cloud.x, ancestors)
+    return ancestors, resampled
+
+
+def _law(
+    model: StateSpaceModel, h: Any, c: Tensor | None, u: Inputs, how: Steering
+) -> Distribution:
+    """What z is drawn from: the proposal, or the prior of a model without one."""
+    if c is not None:
+        return model.proposal(h if how.reparameterised else tree_map(Tensor.detach, h), c, u)
+    prior = model.prior(h, u)
+    assert prior is not None
+    return prior
+
+
+@torch.no_grad()
+def _weigh(
+    model: StateSpaceModel,
+    batch: Batch,
+    t: int,
+    u: Inputs,
+    how: Steering,
+    step: _Step,
+    cloud: _Cloud,
+    generator: torch.Generator,
+    *,
+    bootstrap: bool,
+) -> None:
+    """Weigh the particles, and draw what is missing of the observation and read back."""
+    shape = (*cloud.log_weights.shape, batch.x.shape[2])
+    x, mask = batch.x[:, t, None].expand(shape), batch.mask[:, t, None].expand(shape)
+    emission = dist.expand(model.emission(step.s, u), shape[:2], shape[2])
+    log_w = dist.log_prob(emission, x, mask).double()
+    if not bootstrap:
+        prior = model.prior(step.h, u)
+        assert prior is not None
+        prior = dist.expand(prior, shape[:2], model.latent_dim)
+        ratio = dist.log_prob(prior, step.z) - dist.log_prob(step.law, step.z)
+        log_w = log_w + how.beta * ratio
+    inside = (t < batch.lengths)[:, None]
+    cloud.log_weights, _, cloud.ess = weigh(cloud.log_weights + torch.where(inside, log_w, 0.0))
+    if cloud.x is not None:
+        cloud.x = dist.fill_missing(emission, x, mask, generator)
+
+
+def _stacked(steps: list[_Step], context: Tensor | None) -> Swarm:
+    hs, zs, ss, laws, ancestors, resampled = (list(part) for part in zip(*steps, strict=True))
+    first = int(hs[0] is None)
+    return Swarm(
+        Along(tree_stack(hs[first:], 2) if len(hs) > first else None, tree_stack(ss, 2), first),
+        torch.stack(zs, 2),
+        None if context is None else dist.stack(laws, 2),
+        torch.stack(ancestors, 2),
+        torch.stack(resampled, 1),
+        context,
+    )
+
+
+def increments(
+    log_weights: Float[Tensor, "series particle time"], resampled: Bool[Tensor, "series time"]
+) -> tuple[Float[Tensor, "series time"], Float[Tensor, "series particle time"]]:
+    r"""Increments of the log-evidence, and normalised log-weights after each step.
+
+    Parameters
+    ----------
+    log_weights : Tensor of shape (series, particle, time)
+        Of every step by itself, :math:`\log w_t^k`.
+    resampled : Tensor of bool, shape (series, time)
+        Whether all particles had the same weight before the step.
+
+    Examples
+    --------
+    >>> log_w = torch.tensor([[[0.0, 1.0], [0.0, 3.0]]], dtype=torch.float64)
+    >>> steps, weights = increments(log_w, torch.zeros(1, 2, dtype=torch.bool))
+    >>> round(steps.sum().item(), 4)  # log of (e + e^3) / 2
+    2.4338
+    """
+    after = log_weights.cumsum(2)
+    before = after - log_weights
+    t = torch.arange(log_weights.shape[2], device=log_weights.device)
+    since = torch.where(resampled, t, 0).cummax(1).values[:, None].expand_as(before)
+    base = before.gather(2, since)
+    total = torch.logsumexp(after - base, 1)
+    return total - torch.logsumexp(before - base, 1), after - base - total[:, None]
