@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Inputs, tree_stack
+from seqdgm.types import Batch, Inputs, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -96,14 +96,23 @@ def previous(batch: Batch) -> Tensor:
     return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
 
 
+def _fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
+    """What `advance` reads, over time; None where observations have to be drawn on the way."""
+    if not (model.feedback and batch.complete):
+        return None
+    backbone = None if context is None else model.backbone(context)
+    return model.embed(previous(batch)) if backbone is None else backbone
+
+
 def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
     context = model.encode(batch)
-    embedded = model.embed(previous(batch)) if model.feedback and batch.complete else None
+    fed_all = _fed(model, batch, context)
     if copies > 1:
         rows = copied(batch, copies)
         batch = batch.take(rows)
         context = None if context is None else context[rows]
-        embedded = None if embedded is None else embedded[rows]
+        fed_all = tree_map(lambda leaf: leaf[rows], fed_all)
+    given = None if fed_all is None else tree_unbind(fed_all, 1)
     n = batch.n_series
     s = model.start((n,))
     x = torch.zeros_like(batch.x[:, 0])
@@ -114,7 +123,7 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
     for t, u in enumerate(Inputs(*step) for step in steps):
         fed = None
         if model.feedback:
-            fed = model.embed(x) if embedded is None else embedded[:, t]
+            fed = model.embed(x) if given is None else given[t]
         h = model.advance(s, fed, u)
         z = None
         if model.latent_dim:
@@ -125,7 +134,7 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
             proposals.append(q)
             zs.append(z)
         s = model.absorb(h, z)
-        if model.feedback and embedded is None:
+        if model.feedback and given is None:
             with torch.no_grad():
                 emission = dist.expand(model.emission(s, u), (n,), batch.x.shape[2])
                 x = dist.fill_missing(emission, batch.x[:, t], batch.mask[:, t], generator)
