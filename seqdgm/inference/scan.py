@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Inputs, tree_stack, tree_unbind
+from seqdgm.nn.deferred import deferred
+from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -62,7 +63,8 @@ def scan(
         h = model.memory(model.embed(previous(batch)), batch.inputs_all())
         if h is not None:
             return Trace(h, None, model.absorb(h, None), 0, [])
-    return _loop(model, batch, generator, copies)
+    with deferred():
+        return _loop(model, batch, generator, copies)
 
 
 def prior_over_time(

@@ -112,9 +112,7 @@ class DeepModel(StateSpaceModel):
             "smoothing": SmoothingEncoder,
             "bidirectional": BidirectionalEncoder,
         }
-        return recurrent[name](
-            width, hidden_dim, kind, mask_dim=obs_dim, inputs_dim=known_dim
-        )
+        return recurrent[name](width, hidden_dim, kind, mask_dim=obs_dim, inputs_dim=known_dim)
 
     def initialise(self, values: Float[np.ndarray, "series time dim"]) -> None:
         """Start the head at the marginal distribution of each column."""

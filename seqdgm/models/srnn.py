@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Normal
 
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn import RecurrentCell
+from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.gates import GaussianLayer
 from seqdgm.types import Batch, Inputs
 
@@ -146,14 +147,14 @@ class SRNN(DeepModel):
         self.z0 = nn.Parameter(torch.zeros(self.latent_dim))
         self.chain = RecurrentCell("gru", self.head.encoded_dim + known_dim, width)
         self.prior_chain = nn.Linear(width, width)
-        self.prior_state = nn.Linear(self.latent_dim, width, bias=False)
+        self.prior_state = LoopLinear(self.latent_dim, width, bias=False)
         self.prior_law = GaussianLayer(width, self.latent_dim)
         self.emission_hidden = two_layers(width + self.latent_dim, width)
         self.encoder = self.make_encoder(
             self.inference_network, self.encoder_dim, obs_dim, known_dim + width
         )
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
-        self.proposal_state = nn.Linear(self.latent_dim, self.encoder_dim, bias=False)
+        self.proposal_state = LoopLinear(self.latent_dim, self.encoder_dim, bias=False)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)
 
     def start(self, batch_shape: tuple[int, ...]) -> State:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from seqdgm.models._deep import DeepModel, two_layers
+from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.gates import GatedCell, GaussianLayer
 from seqdgm.types import Batch, Inputs
 
@@ -137,9 +138,9 @@ class VRNN(DeepModel):
         self.head = self.make_head(width, obs_dim, **options)
         self.z0 = nn.Parameter(torch.zeros(self.latent_dim))
         self.features_x = two_layers(self.head.encoded_dim, width)
-        self.features_z = nn.Sequential(nn.Linear(self.latent_dim, width), nn.ReLU())
+        self.features_z = nn.Sequential(LoopLinear(self.latent_dim, width), nn.ReLU())
         self.gates_x = nn.Linear(width, gate_dim)
-        self.gates_z = nn.Linear(width, gate_dim, bias=False)
+        self.gates_z = LoopLinear(width, gate_dim, bias=False)
         self.gates_u = nn.Linear(known_dim, gate_dim, bias=False) if known_dim else None
         self.prior_hidden = nn.Linear(self.hidden_dim, width)
         self.prior_law = GaussianLayer(width, self.latent_dim)
@@ -148,7 +149,7 @@ class VRNN(DeepModel):
             self.inference_network, self.encoder_dim, obs_dim, known_dim
         )
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
-        self.proposal_memory = nn.Linear(self.hidden_dim, self.encoder_dim, bias=False)
+        self.proposal_memory = LoopLinear(self.hidden_dim, self.encoder_dim, bias=False)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)
 
     def start(self, batch_shape: tuple[int, ...]) -> State:

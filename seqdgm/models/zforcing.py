@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from seqdgm.models._deep import DeepModel
 from seqdgm.nn import distributions as dist
+from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.gates import GatedCell, GaussianLayer
 from seqdgm.types import Batch, Inputs
 
@@ -145,7 +146,7 @@ class ZForcing(DeepModel):
         # One product feeds the gates and the hidden layer of the prior.
         self.read_x = nn.Linear(self.head.encoded_dim, gate_dim + width)
         self.read_u = nn.Linear(known_dim, gate_dim + width, bias=False) if known_dim else None
-        self.gates_z = nn.Linear(self.latent_dim, gate_dim, bias=False)
+        self.gates_z = LoopLinear(self.latent_dim, gate_dim, bias=False)
         self.prior_memory = nn.Linear(width, width, bias=False)
         self.prior_law = GaussianLayer(width, self.latent_dim)
         self.emission_hidden = nn.Sequential(nn.Linear(width, width), nn.ReLU())
@@ -153,7 +154,7 @@ class ZForcing(DeepModel):
             self.inference_network, self.encoder_dim, obs_dim, known_dim
         )
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
-        self.proposal_memory = nn.Linear(width, self.encoder_dim, bias=False)
+        self.proposal_memory = LoopLinear(width, self.encoder_dim, bias=False)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)
         self.auxiliary_hidden = nn.Linear(self.latent_dim, self.encoder_dim)
         # Without a floor the density of a summary that hardly varies would outgrow the bound.

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
+from seqdgm.nn.deferred import LoopLinear
+
 
 class GatedCell(nn.Module):
     r"""LSTM or GRU cell that is given the sum of its inputs' pre-activations.
@@ -60,7 +62,7 @@ class GatedCell(nn.Module):
         self.hidden_dim = hidden_dim
         self.gate_dim = (4 if kind == "lstm" else 3) * hidden_dim
         # Orthogonal recurrent weights keep the size of the state over many steps.
-        self.recurrent = nn.Linear(hidden_dim, self.gate_dim, bias=kind == "gru")
+        self.recurrent = LoopLinear(hidden_dim, self.gate_dim, bias=kind == "gru")
         for block in self.recurrent.weight.split(hidden_dim):
             nn.init.orthogonal_(block)
         self.start = nn.Parameter(torch.zeros(2 if kind == "lstm" else 1, hidden_dim))
@@ -106,7 +108,7 @@ class GaussianLayer(nn.Module):
 
     def __init__(self, hidden_dim: int, dim: int, *, min_scale: float = 1e-3) -> None:
         super().__init__()
-        self.out = nn.Linear(hidden_dim, 2 * dim)
+        self.out = LoopLinear(hidden_dim, 2 * dim)
         self.min_scale = min_scale
 
     def forward(self, hidden: Float[Tensor, "*batch hidden"]) -> Normal:
