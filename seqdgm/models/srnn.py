@@ -32,10 +32,14 @@ class State(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The deterministic chain at t, and z at t - 1."""
+    """The deterministic chain; with z at t - 1, all that enters the prior's hidden layer.
 
-    chain: Chain
-    z: Float[Tensor, "*batch state"]
+    `state` is what z at t - 1 adds to the hidden layer of the inference network.
+    """
+
+    d: Float[Tensor, "*batch hidden"]
+    hidden: Float[Tensor, "*batch hidden"]
+    state: Float[Tensor, "*batch encoder"]
 
 
 class SRNN(DeepModel):
@@ -147,14 +151,14 @@ class SRNN(DeepModel):
         self.z0 = nn.Parameter(torch.zeros(self.latent_dim))
         self.chain = RecurrentCell("gru", self.head.encoded_dim + known_dim, width)
         self.prior_chain = nn.Linear(width, width)
-        self.prior_state = LoopLinear(self.latent_dim, width, bias=False)
+        # One product feeds the hidden layers of the prior and of the inference network.
+        self.read_state = LoopLinear(self.latent_dim, width + self.encoder_dim, bias=False)
         self.prior_law = GaussianLayer(width, self.latent_dim)
         self.emission_hidden = two_layers(width + self.latent_dim, width)
         self.encoder = self.make_encoder(
             self.inference_network, self.encoder_dim, obs_dim, known_dim + width
         )
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
-        self.proposal_state = LoopLinear(self.latent_dim, self.encoder_dim, bias=False)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)
 
     def start(self, batch_shape: tuple[int, ...]) -> State:
@@ -168,16 +172,18 @@ class SRNN(DeepModel):
         if isinstance(x, Tensor):
             state = self.chain.step(self.with_known(x, u), (s.d[..., None, :],))
             x = self._chain(self.chain.output(state))
-        return Memory(x, s.z)
+        read = self.read_state(s.z)
+        width = self.hidden_dim
+        return Memory(x.d, x.hidden + read[..., :width], read[..., width:])
 
     def prior(self, h: Memory, u: Inputs) -> Normal:
         """Gaussian given the chain and the state before."""
-        return self.prior_law(h.chain.hidden + self.prior_state(h.z))
+        return self.prior_law(h.hidden)
 
     def absorb(self, h: Memory, z: Tensor | None) -> State:
         """The chain and z."""
         assert z is not None
-        return State(h.chain.d, z)
+        return State(h.d, z)
 
     def emission(self, s: State, u: Inputs) -> Distribution:
         """Observation given the chain and z."""
@@ -202,8 +208,7 @@ class SRNN(DeepModel):
     def proposal(self, h: Memory, c: Tensor, u: Inputs) -> Distribution:
         """Gaussian around the mean of the prior."""
         prior = self.prior(h, u)
-        hidden = c[..., : self.encoder_dim] + self.proposal_state(h.z)
-        found = self.proposal_law(hidden)
+        found = self.proposal_law(c[..., : self.encoder_dim] + h.state)
         return Normal(prior.loc + found.loc, found.scale, validate_args=False)
 
     def _chain(self, d: Tensor) -> Chain:

@@ -156,11 +156,9 @@ class ZForcing(DeepModel):
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
         self.proposal_memory = LoopLinear(width, self.encoder_dim, bias=False)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)
-        self.auxiliary_hidden = nn.Linear(self.latent_dim, self.encoder_dim)
+        self.auxiliary_hidden = nn.Linear(self.latent_dim, width)
         # Without a floor the density of a summary that hardly varies would outgrow the bound.
-        self.auxiliary_law = GaussianLayer(
-            self.encoder_dim, self.encoder.context_dim, min_scale=0.1
-        )
+        self.auxiliary_law = GaussianLayer(width, self.encoder.context_dim, min_scale=0.1)
 
     def start(self, batch_shape: tuple[int, ...]) -> Cell:
         """Learned memory before the first step."""

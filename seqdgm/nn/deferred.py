@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+MIN_WEIGHTS = 2**16  # below, a call costs more than the smaller products save
+
+
 class _Calls:
     """Calls of one layer in a loop: what they read, and the gradients of what they returned.
 
@@ -90,20 +93,21 @@ class LoopLinear(nn.Linear):
 
     Examples
     --------
-    >>> layer, h = LoopLinear(3, 3), torch.ones(2, 3)
+    >>> layer, h = LoopLinear(300, 300), torch.ones(2, 300)
     >>> with deferred():
     ...     for _ in range(5):
     ...         h = torch.tanh(layer(h))
     >>> h.sum().backward()
     >>> layer.weight.grad.shape
-    torch.Size([3, 3])
+    torch.Size([300, 300])
     """
 
     def forward(self, x: Float[Tensor, "*batch input"]) -> Float[Tensor, "*batch output"]:
         """Affine map of the last axis."""
         calls = _open.get()
         learning = torch.is_grad_enabled() and self.weight.requires_grad
-        if calls is None or not learning or torch.is_autocast_enabled(x.device.type):
+        small = self.weight.numel() < MIN_WEIGHTS
+        if calls is None or small or not learning or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         mine = calls.get(id(self.weight))
         if mine is None:
