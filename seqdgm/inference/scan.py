@@ -98,7 +98,7 @@ def previous(batch: Batch) -> Tensor:
     return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
 
 
-def _fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
+def fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
     """What `advance` reads, over time; None where observations have to be drawn on the way."""
     if not (model.feedback and batch.complete):
         return None
@@ -108,13 +108,13 @@ def _fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
 
 def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
     context = model.encode(batch)
-    fed_all = _fed(model, batch, context)
+    over_time = fed(model, batch, context)
     if copies > 1:
         rows = copied(batch, copies)
         batch = batch.take(rows)
         context = None if context is None else context[rows]
-        fed_all = tree_map(lambda leaf: leaf[rows], fed_all)
-    given = None if fed_all is None else tree_unbind(fed_all, 1)
+        over_time = tree_map(lambda leaf: leaf[rows], over_time)
+    given = None if over_time is None else tree_unbind(over_time, 1)
     n = batch.n_series
     s = model.start((n,))
     x = torch.zeros_like(batch.x[:, 0])
@@ -123,10 +123,10 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
     steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
     summaries = None if context is None else context.unbind(1)
     for t, u in enumerate(Inputs(*step) for step in steps):
-        fed = None
+        read = None
         if model.feedback:
-            fed = model.embed(x) if given is None else given[t]
-        h = model.advance(s, fed, u)
+            read = model.embed(x) if given is None else given[t]
+        h = model.advance(s, read, u)
         z = None
         if model.latent_dim:
             q = model.prior(h, u) if summaries is None else model.proposal(h, summaries[t], u)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-
 MIN_WEIGHTS = 2**16  # below, a call costs more than the smaller products save
 
 
