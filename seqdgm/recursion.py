@@ -142,6 +142,15 @@ class StateSpaceModel(SequenceModel):
         """What the proposal needs from the data, (series, time, features); None: no proposal."""
         return None
 
+    def backbone(self, c: Tensor) -> Any:
+        """The part of all h_t that does not see z, out of the encoded data; None without such.
+
+        A model whose `encode` has run that part over complete data in one fused call hands it on
+        here. `advance` is then given step t of it in place of the embedded previous observation;
+        engines that draw observations as they go never ask for it.
+        """
+        return None
+
     def proposal(self, h: Any, c: Tensor, u: Inputs) -> Distribution:
         """Approximate posterior of z given the memory and the encoded data."""
         raise NotImplementedError(

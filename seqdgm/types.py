@@ -281,3 +281,11 @@ def tree_stack(trees: list[Any], dim: int) -> Any:
         return torch.stack(trees, dim)
     stacked = [tree_stack([t[k] for t in trees], dim) for k in range(len(first))]
     return type(first)(*stacked) if hasattr(first, "_fields") else tuple(stacked)
+
+
+def tree_unbind(tree: Any, dim: int) -> list[Any]:
+    """Take a state apart along an axis; the inverse of `tree_stack`."""
+    if isinstance(tree, Tensor):
+        return list(tree.unbind(dim))
+    parts = zip(*(tree_unbind(leaf, dim) for leaf in tree), strict=True)
+    return [type(tree)(*p) if hasattr(tree, "_fields") else tuple(p) for p in parts]

@@ -18,9 +18,9 @@ from torch.distributions import Distribution
 
 from seqdgm.inference.joint import Along
 from seqdgm.inference.resampling import adaptive, gather, multinomial, systematic, weigh
-from seqdgm.inference.scan import previous
+from seqdgm.inference.scan import fed
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Inputs, tree_map, tree_stack
+from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -110,8 +110,9 @@ def particle_scan(
     """
     shape = (batch.n_series, how.n_particles)
     context = model.encode(batch)
-    fed = model.embed(previous(batch)) if model.feedback and batch.complete else None
-    drawn = model.feedback and fed is None
+    over_time = fed(model, batch, context)
+    given = None if over_time is None else tree_unbind(over_time, 1)
+    drawn = model.feedback and given is None
     cloud = _Cloud(
         model.start(shape),
         batch.x.new_zeros(*shape, batch.x.shape[2]) if drawn else None,
@@ -122,7 +123,9 @@ def particle_scan(
     for t in range(batch.n_steps):
         u = batch.inputs_at(t, 1)
         chosen = _resample(cloud, how, batch, t, generator)
-        read = None if fed is None else fed[:, t, None].expand(*shape, -1)
+        read = None
+        if given is not None:
+            read = tree_map(lambda leaf: leaf[:, None].expand(*shape, -1), given[t])
         if cloud.x is not None:
             read = model.embed(cloud.x)
         h = model.advance(cloud.s, read, u)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Inputs, tree_stack
+from seqdgm.nn.deferred import deferred
+from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -62,7 +63,8 @@ def scan(
         h = model.memory(model.embed(previous(batch)), batch.inputs_all())
         if h is not None:
             return Trace(h, None, model.absorb(h, None), 0, [])
-    return _loop(model, batch, generator, copies)
+    with deferred():
+        return _loop(model, batch, generator, copies)
 
 
 def prior_over_time(
@@ -96,14 +98,23 @@ def previous(batch: Batch) -> Tensor:
     return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
 
 
+def fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
+    """What `advance` reads, over time; None where observations have to be drawn on the way."""
+    if not (model.feedback and batch.complete):
+        return None
+    backbone = None if context is None else model.backbone(context)
+    return model.embed(previous(batch)) if backbone is None else backbone
+
+
 def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
     context = model.encode(batch)
-    embedded = model.embed(previous(batch)) if model.feedback and batch.complete else None
+    over_time = fed(model, batch, context)
     if copies > 1:
         rows = copied(batch, copies)
         batch = batch.take(rows)
         context = None if context is None else context[rows]
-        embedded = None if embedded is None else embedded[rows]
+        over_time = tree_map(lambda leaf: leaf[rows], over_time)
+    given = None if over_time is None else tree_unbind(over_time, 1)
     n = batch.n_series
     s = model.start((n,))
     x = torch.zeros_like(batch.x[:, 0])
@@ -112,10 +123,10 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
     steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
     summaries = None if context is None else context.unbind(1)
     for t, u in enumerate(Inputs(*step) for step in steps):
-        fed = None
+        read = None
         if model.feedback:
-            fed = model.embed(x) if embedded is None else embedded[:, t]
-        h = model.advance(s, fed, u)
+            read = model.embed(x) if given is None else given[t]
+        h = model.advance(s, read, u)
         z = None
         if model.latent_dim:
             q = model.prior(h, u) if summaries is None else model.proposal(h, summaries[t], u)
@@ -125,7 +136,7 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
             proposals.append(q)
             zs.append(z)
         s = model.absorb(h, z)
-        if model.feedback and embedded is None:
+        if model.feedback and given is None:
             with torch.no_grad():
                 emission = dist.expand(model.emission(s, u), (n,), batch.x.shape[2])
                 x = dist.fill_missing(emission, batch.x[:, t], batch.mask[:, t], generator)

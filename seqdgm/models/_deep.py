@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seqdgm.nn import Head, emission_head, head_options_from_data
+from seqdgm.nn import (
+    BidirectionalEncoder,
+    Encoder,
+    FilteringEncoder,
+    Head,
+    MeanFieldEncoder,
+    SmoothingEncoder,
+    emission_head,
+    head_options_from_data,
+)
 from seqdgm.nn.heads import HEADS
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
 from seqdgm.types import Inputs
 
 MAX_HARMONICS = 6
+INFERENCE_NETWORKS = ("mean-field", "filtering", "smoothing", "bidirectional")
 
 
 class DeepModel(StateSpaceModel):
@@ -74,6 +84,35 @@ class DeepModel(StateSpaceModel):
     def make_head(self, in_dim: int, obs_dim: int, **options: Any) -> Head:
         """Emission head over features of width `in_dim`."""
         return emission_head(self.emission_name, in_dim, obs_dim, **options)
+
+    def make_encoder(
+        self,
+        name: str,
+        hidden_dim: int,
+        obs_dim: int,
+        known_dim: int,
+        kind: Literal["lstm", "gru"] = "gru",
+    ) -> Encoder:
+        """Inference network by name, over observations as the head encodes them.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name.
+        """
+        if name not in INFERENCE_NETWORKS:
+            raise ValueError(
+                f"inference_network={name!r} is unknown; choose one of {list(INFERENCE_NETWORKS)}"
+            )
+        width = self.head.encoded_dim
+        if name == "mean-field":
+            return MeanFieldEncoder(width, hidden_dim, mask_dim=obs_dim, inputs_dim=known_dim)
+        recurrent = {
+            "filtering": FilteringEncoder,
+            "smoothing": SmoothingEncoder,
+            "bidirectional": BidirectionalEncoder,
+        }
+        return recurrent[name](width, hidden_dim, kind, mask_dim=obs_dim, inputs_dim=known_dim)
 
     def initialise(self, values: Float[np.ndarray, "series time dim"]) -> None:
         """Start the head at the marginal distribution of each column."""
