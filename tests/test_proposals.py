@@ -10,7 +10,8 @@ from torch.distributions import Bernoulli, Gamma, Normal, Poisson, StudentT
 
 import seqdgm as sq
 from seqdgm.inference import differentiable, smc
-from seqdgm.inference.proposals import LocalEKF, LocalUKF, make_proposal
+from seqdgm.inference._linearise import Affine, condition, narrow
+from seqdgm.inference.proposals import LocalEKF, LocalUKF, make_proposal, predictive
 from seqdgm.inference.smc import SMCOptions
 from seqdgm.nn import distributions as dist
 from seqdgm.prepare import prepare
@@ -355,3 +356,119 @@ def test_gradients_of_the_evidence_are_unbiased(proposal) -> None:
     steps = 1e-5 * np.eye(2)
     expected = [(exact(theta + e) - exact(theta - e)) / 2e-5 for e in steps]
     assert (np.abs(found.mean(0) - expected) <= 5 * found.std(0) / np.sqrt(n)).all()
+
+
+# ---------------------------------------------------------------------------------- look-ahead
+
+
+@pytest.mark.parametrize("seen", [(True, True), (True, False), (False, True)])
+def test_linear_gaussian_models_get_the_exact_lookahead(seen) -> None:
+    model = linear_model()
+    h = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.tensor([[[1.0, -0.5]], [[0.3, 2.0]], [[-1.0, 0.0]]]).double()
+    mask = torch.tensor(seen).expand(3, 1, 2)
+    u = Inputs(torch.zeros(3, 1, 0).double(), torch.tensor(1))
+    found = predictive(model, h, u, x, mask)
+    f, load, q, r = (np.array(m) for m in (F, H, Q, R))
+    some = np.flatnonzero(seen)
+    cov = (load @ q @ load.T + r)[np.ix_(some, some)]
+    for n in range(3):
+        for k in range(5):
+            mean = (load @ f @ h[n, k].numpy())[some]
+            expected = stats.multivariate_normal(mean, cov).logpdf(x[n, 0].numpy()[some])
+            assert found[n, k].item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("proposal", [LocalEKF(), LocalEKF(inflation=2.0, df=5.0)])
+@pytest.mark.parametrize("n_particles", [4, 16, 64])
+def test_evidence_with_a_linearised_lookahead_is_unbiased(proposal, n_particles) -> None:
+    model, y = linear_model(), gappy()
+    exact = model.log_prob(y).value[0]
+    options = SMCOptions(n_particles, proposal=proposal, lookahead="ekf", threshold=1.0)
+    check_unbiased(evidence(model, y, options, 4_000 // n_particles) - exact)
+
+
+@pytest.mark.parametrize("model", [Cubic(), Accumulator()], ids=["markov", "memory"])
+def test_evidence_of_nonlinear_models_with_a_lookahead_is_unbiased(model) -> None:
+    exact = grid_log_prob(Cubic(), CUBIC)
+    options = SMCOptions(50, proposal=LocalEKF(df=4.0), lookahead="ekf", threshold=1.0)
+    check_unbiased(evidence(model, CUBIC[:, None], options, 200, seed=1) - exact)
+
+
+def test_full_adaption_weighs_all_particles_alike() -> None:
+    """Ancestors drawn by p(x_t | z_{t-1}) and the optimal proposal leave nothing to weigh."""
+    model, y = linear_model(), linear_model().sample(12, seed=3)
+    options = {"n_particles": 200, "method": "particle", "seed": 0, "threshold": 1.0}
+    adapted = model.filter(y, proposal="ekf", lookahead="ekf", **options)
+    np.testing.assert_allclose(adapted.ess[0, 1:], 200, rtol=1e-9)
+    guided = model.filter(y, proposal="ekf", **options)
+    assert guided.ess[0, 1:].min() < 180
+
+
+def test_a_particle_out_of_range_is_not_looked_at() -> None:
+    class Explosive(Cubic):
+        def emission(self, z, u):
+            return Normal((100 * z).exp(), 1.0)
+
+    u = Inputs(torch.zeros(1, 1, 0).double(), torch.tensor(1))
+    x, mask = torch.full((1, 1, 1), 2.0).double(), torch.ones(1, 1, 1, dtype=torch.bool)
+    found = predictive(Explosive(), torch.tensor([[[0.0], [50.0]]]).double(), u, x, mask)
+    assert found[0, 0].isfinite()
+    assert found[0, 1] == -torch.inf
+
+
+def test_without_a_possible_particle_the_weights_choose_alone() -> None:
+    """A look-ahead that rules everything out is the filter without one."""
+
+    def nothing(model, h, u, x, mask):
+        return torch.full(h.shape[:2], -torch.inf).double()
+
+    plain = evidence(Cubic(), CUBIC[:, None], SMCOptions(20), 3)
+    ruled = evidence(Cubic(), CUBIC[:, None], SMCOptions(20, lookahead=nothing), 3)
+    np.testing.assert_allclose(ruled, plain, rtol=1e-12)
+
+
+def test_lookaheads_are_named_in_errors() -> None:
+    model = linear_model()
+    with pytest.raises(ValueError, match="'mean', 'ekf' or a function"):
+        model.filter(gappy(), method="particle", n_particles=5, seed=0, lookahead="ukf")
+
+    class Odd(Cubic):
+        def transition(self, z, u):
+            return Gamma(2.0, z.exp())
+
+    with pytest.raises(ValueError, match="use lookahead='mean'"):
+        Odd().filter(CUBIC, method="particle", n_particles=10, lookahead="ekf", seed=0)
+
+
+# ------------------------------------------------------------------------- shared covariances
+
+
+def test_shared_covariances_are_reduced_once_to_the_same_law() -> None:
+    """Against every particle by itself, with axes shared in every combination."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    y, mask = normal(3, 1, 2), torch.rand(3, 1, 2, generator=g) < 0.6
+    for load_lead in ((1, 1), (3, 1), (1, 4), (3, 4)):
+        for noise_lead in ((1, 1), (3, 1), (3, 4)):
+            load = normal(*load_lead, 2, 3).expand(3, 4, 2, 3)
+            noise = normal(*noise_lead, 2, 2).expand(3, 4, 2, 2).clone()
+            affine = Affine(normal(3, 4, 2), load, noise)
+            for seen in (None, mask):
+                found = condition(affine, y, seen)
+                for n in range(3):
+                    for k in range(4):
+                        alone = Affine(*(part[n, k] for part in affine))
+                        one = condition(alone, y[n, 0], None if seen is None else seen[n, 0])
+                        for whole, part in zip(found, one, strict=True):
+                            torch.testing.assert_close(whole[n, k], part)
+
+
+def test_equal_values_with_a_gradient_are_not_cut() -> None:
+    load = torch.ones(3, 2, 2, dtype=torch.float64)
+    assert narrow(load).shape == (1, 2, 2)
+    assert narrow(load.clone().requires_grad_()).shape == (3, 2, 2)
+    assert narrow(load[:1].clone().requires_grad_().expand(3, 2, 2)).shape == (1, 2, 2)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
@@ -330,7 +330,7 @@ class Conditional(NamedTuple):
     ----------
     mean : Tensor of shape (..., state)
     root : Tensor of shape (..., state, state)
-        Lower triangular root of the covariance.
+        Lower triangular root of the covariance; expanded where it is shared.
     log_prob : Tensor of shape (...)
         Log-density of the observed elements, in nats; 0 where there are none.
     """
@@ -352,32 +352,68 @@ def condition(
         E[\xi \mid y] = G S^{-1} (y - a), \quad \mathrm{Var}[\xi \mid y] = L L^T.
 
     The rows of missing elements become rows of the identity that nothing else touches, which drops
-    them exactly (`mask` None: all are observed).
+    them exactly (`mask` None: all are observed). Where B, C and the mask are the same along a
+    leading axis, as over the particles of a linear-Gaussian model, they are reduced once.
     """
     mean, load, noise = affine
+    dim, n = load.shape[-2:]
     residual = y - mean
-    shape, (dim, n) = load.shape[:-2], load.shape[-2:]
+    whole = torch.broadcast_shapes(load.shape[:-2], residual.shape[:-1])
+    load, noise = narrow(load), narrow(noise)
+    lead = torch.broadcast_shapes(load.shape[:-2], noise.shape[:-2])
     blocks = [noise, load]
     count = mean.new_tensor(dim)
     if mask is not None:
-        seen = mask.to(load.dtype).expand(*shape, dim)
         residual = torch.where(mask, residual, 0.0)
+        seen = narrow(mask[..., None])[..., 0].to(load.dtype)
+        lead = torch.broadcast_shapes(lead, seen.shape[:-1])
         blocks = [block * seen[..., None] for block in blocks]
         blocks.insert(0, torch.diag_embed(1 - seen))
         count = mask.sum(-1, dtype=mean.dtype)
-    top = torch.cat(blocks, -1)
-    bottom = top.new_zeros(*shape, n, top.shape[-1])
+    top = torch.cat([block.expand(*lead, *block.shape[-2:]) for block in blocks], -1)
+    bottom = top.new_zeros(*lead, n, top.shape[-1])
     bottom[..., -n:] = torch.eye(n, dtype=top.dtype, device=top.device)
     lower = triangular(torch.cat([top, bottom], -2))
     scale = lower[..., :dim, :dim]
-    whitened = torch.linalg.solve_triangular(
-        scale, residual.expand(*shape, dim)[..., None], upper=False
-    )
+    whitened = _solve(scale, residual.expand(*whole, dim))
     log_det = torch.diagonal(scale, dim1=-2, dim2=-1).log().sum(-1)
-    log_prob = -0.5 * (whitened.square().sum((-2, -1)) + count * math.log(2 * math.pi)) - log_det
-    return Conditional(
-        (lower[..., dim:, :dim] @ whitened)[..., 0], lower[..., dim:, dim:], log_prob
-    )
+    log_prob = -0.5 * (whitened.square().sum(-1) + count * math.log(2 * math.pi)) - log_det
+    root = lower[..., dim:, dim:].expand(*whole, n, n)
+    return Conditional(product(lower[..., dim:, :dim], whitened), root, log_prob)
+
+
+def narrow(matrices: Shaped[Tensor, "*batch rows columns"]) -> Shaped[Tensor, "*lead rows columns"]:
+    """Matrices with a leading axis cut to length 1 where all along it are the same.
+
+    What depends on a gradient is cut only where an axis was expanded: two values that happen to be
+    equal may have different derivatives.
+    """
+    for axis in range(matrices.ndim - 2):
+        if matrices.shape[axis] == 1:
+            continue
+        first = matrices.narrow(axis, 0, 1)
+        expanded = matrices.stride(axis) == 0
+        if expanded or (not matrices.requires_grad and bool((matrices == first).all())):
+            matrices = first
+    return matrices
+
+
+def product(
+    matrices: Float[Tensor, "*lead rows columns"], x: Float[Tensor, "*batch columns"]
+) -> Float[Tensor, "*batch rows"]:
+    """Matrix times vector; one product of matrices where the last leading axis has length 1."""
+    if matrices.shape[-3:-2] == (1,):
+        return x @ matrices[..., 0, :, :].mT
+    return (matrices @ x[..., None])[..., 0]
+
+
+def _solve(
+    lower: Float[Tensor, "*lead dim dim"], x: Float[Tensor, "*batch dim"]
+) -> Float[Tensor, "*batch dim"]:
+    """As `product`, with the inverses of triangular matrices."""
+    if lower.shape[-3:-2] == (1,):
+        return torch.linalg.solve_triangular(lower[..., 0, :, :], x.mT, upper=False).mT
+    return torch.linalg.solve_triangular(lower, x[..., None], upper=False)[..., 0]
 
 
 def update(
@@ -394,8 +430,8 @@ def update(
     for _ in range(rule.iterations - 1):
         # Without a finite step, the next one starts where this one did.
         xi = torch.where(found.mean.isfinite().all(-1, keepdim=True), found.mean, xi)
-        point = mean + (root @ xi[..., None])[..., 0]
+        point = mean + product(narrow(root), xi)
         affine = rule(law, point, root, y.shape[-1])
-        back = (affine.load @ xi[..., None])[..., 0]
+        back = product(narrow(affine.load), xi)
         found = condition(affine._replace(mean=affine.mean - back), y, mask)
     return found

@@ -31,7 +31,7 @@ class FilterOptions(TypedDict, total=False):
     resampler: str | Resampler
     threshold: float
     proposal: str | Proposal
-    lookahead: Literal["mean"] | Lookahead | None
+    lookahead: Literal["mean", "ekf"] | Lookahead | None
     collapse: Literal["raise", "zero"]
     weigh: Weigh | None
 

@@ -142,9 +142,10 @@ class SMCOptions:
     proposal : str or Proposal
         ``"auto"`` is the model's own where it has one, else its prior (``"bootstrap"``); see
         `seqdgm.inference.proposals.make_proposal`.
-    lookahead : {None, "mean"} or callable
+    lookahead : {None, "mean", "ekf"} or callable
         Auxiliary filter: ``"mean"`` takes the model's `lookahead`, or the emission's density at the
-        mean of the prior.
+        mean of the prior; ``"ekf"`` that of a local linearisation (`proposals.predictive`). With no
+        particle that looks possible, the weights choose alone.
     reference : Reference, optional
     weigh : Weigh, optional
         In place of the emission's density.
@@ -161,7 +162,7 @@ class SMCOptions:
     threshold: float = 0.5
     draw_observations: bool = False
     proposal: str | Proposal = "auto"
-    lookahead: Literal["mean"] | Lookahead | None = None
+    lookahead: Literal["mean", "ekf"] | Lookahead | None = None
     reference: Reference | None = None
     weigh: Weigh | None = None
     differentiable: bool = False
@@ -333,8 +334,10 @@ def _make_plan(
         raise ValueError(
             "a resampler that moves particles takes neither a look-ahead nor a reference trajectory"
         )
-    if options.lookahead not in (None, "mean") and not callable(options.lookahead):
-        raise ValueError(f"lookahead={options.lookahead!r} must be None, 'mean' or a function")
+    if options.lookahead not in (None, "mean", "ekf") and not callable(options.lookahead):
+        raise ValueError(
+            f"lookahead={options.lookahead!r} must be None, 'mean', 'ekf' or a function"
+        )
     reference = options.reference
     if reference is not None:
         wanted = (*batch.x.shape[:2], model.latent_dim)

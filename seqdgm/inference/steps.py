@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution
 
+from seqdgm.inference.proposals import predictive
 from seqdgm.inference.resampling import Resampled, Resampler, normalise, resample_from
 from seqdgm.nn import distributions as dist
 
@@ -19,17 +20,20 @@ if TYPE_CHECKING:
 
 
 def lookahead(plan: Plan, h: Any, now: Facts) -> Float[Tensor, "series particle"]:
-    """log eta(h_t, x_t); zero where nothing is observed."""
+    """log eta(h_t, x_t); zero where nothing is observed or no particle looks possible."""
     rule, model = plan.options.lookahead, plan.model
+    if model.latent_dim == 0:
+        return now.x.new_zeros(plan.shape, dtype=torch.float64)
     log_eta = None
     if callable(rule):
         log_eta = rule(model, h, now.u, now.x, now.mask)
+    elif rule == "ekf":
+        log_eta = predictive(model, h, now.u, now.x, now.mask)
     elif rule == "mean":
         log_eta = model.lookahead(h, now.x, now.mask, now.u)
     if log_eta is None:
         prior = model.prior(h, now.u)
-        if prior is None:
-            return h.new_zeros(plan.shape)
+        assert prior is not None
         mean = dist.expand(prior, plan.shape, model.latent_dim).mean
         emission = model.emission(model.absorb(h, mean), now.u)
         shape = (*plan.shape, now.x.shape[-1])
@@ -37,8 +41,9 @@ def lookahead(plan: Plan, h: Any, now: Facts) -> Float[Tensor, "series particle"
         log_eta = dist.log_prob(emission, x, None if now.complete else mask)
     log_eta = log_eta.double().expand(plan.shape)
     # A particle that looks impossible may still move to where the observation is possible.
-    floor = log_eta.max(1, keepdim=True).values - 50.0
-    return torch.where(now.mask.any(-1), torch.maximum(log_eta, floor), 0.0)
+    top = log_eta.max(1, keepdim=True).values
+    guided = now.mask.any(-1) & (top != -torch.inf)
+    return torch.where(guided, torch.maximum(log_eta, top - 50.0), 0.0)
 
 
 def renewing(
