@@ -25,9 +25,10 @@ _INPUTS = {"p": CONSTANT, "u": STEP, "t": STEP, "x": STEP}
 _CHECKS = ("__init__", "_validate_sample")
 REMEDY = "write it otherwise, or leave compile=False"
 # Their results hold no number of the tensor that they are given.
-_SHAPES_ONLY = ("zeros_like", "ones_like", "full_like", "empty_like") + tuple(
-    f"new_{name}" for name in ("zeros", "ones", "full", "empty", "empty_strided")
-)
+_SHAPES_ONLY = (
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+    "new_empty_strided"
+).split()
 
 
 class Node(NamedTuple):
