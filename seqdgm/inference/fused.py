@@ -1,6 +1,7 @@
-"""Bootstrap filters that run in one compiled loop, for the models that the kernels know.
+"""Bootstrap filters that run in one compiled loop.
 
-A model says by `StateSpaceModel.fused` that it is one of them. The result is what the driver
+A model says by `StateSpaceModel.fused` that the kernels know it; any other is compiled where the
+options ask for it (`seqdgm.inference.compiled`). The result is what the driver
 (`seqdgm.inference.smc`) estimates, by other random numbers.
 """
 
@@ -33,15 +34,49 @@ def bootstrap(
 ) -> Bootstrapped | None:
     """Run the fused filter; None where the model or the options ask for the general one.
 
+    With `moments`, those of the state: its variances at least, or its covariances.
+
     Raises
     ------
     ValueError
         If every particle of a series has weight zero, or a weight is not a number: the series and
         the step are named.
     """
+    if options.compile:
+        from seqdgm.inference import compiled
+
+        out = compiled.bootstrap(model, batch, options, generator, moments=moments)
+    else:
+        found = _known(model, batch, options, generator, moments)
+        if found is None:
+            return None
+        out = found
+    possible = torch.isfinite(out.increments)
+    if options.collapse == "zero":
+        possible |= torch.isneginf(out.increments)
+    bad = torch.nonzero(~possible)
+    if len(bad):
+        k, t = bad[0].tolist()
+        raise ValueError(
+            f"series {batch.ids[k]!r}, step {t}: every particle has weight zero or a weight that "
+            "is not a number; the observation is impossible under the model: check it, use a "
+            "heavier-tailed emission or more particles"
+        )
+    return out
+
+
+def _known(
+    model: StateSpaceModel,
+    batch: Batch,
+    options: SMCOptions,
+    generator: torch.Generator,
+    moments: bool,
+) -> Bootstrapped | None:
+    """The filter of a model that the kernels know."""
     if not _plain(model, options):
         return None
-    known = model.fused(batch)
+    # The kernels give variances, not covariances.
+    known = None if moments and model.latent_dim > 1 else model.fused(batch)
     if known is None:
         return None
     seed = draw_seed(generator)
@@ -66,17 +101,6 @@ def bootstrap(
             seed=seed,
             threshold=options.threshold,
             moments=moments,
-        )
-    possible = torch.isfinite(out.increments)
-    if options.collapse == "zero":
-        possible |= torch.isneginf(out.increments)
-    bad = torch.nonzero(~possible)
-    if len(bad):
-        k, t = bad[0].tolist()
-        raise ValueError(
-            f"series {batch.ids[k]!r}, step {t}: every particle has weight zero or a weight that "
-            "is not a number; the observation is impossible under the model: check it, use a "
-            "heavier-tailed emission or more particles"
         )
     return out
 

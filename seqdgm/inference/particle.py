@@ -34,6 +34,7 @@ class FilterOptions(TypedDict, total=False):
     lookahead: Literal["mean", "ekf"] | Lookahead | None
     collapse: Literal["raise", "zero"]
     weigh: Weigh | None
+    compile: bool
 
 
 class SmoothOptions(FilterOptions, total=False):
@@ -88,12 +89,10 @@ def filter(
     """Filtering moments by particles (one is enough for a model without randomness)."""
     count = 1 if _deterministic(model, batch) else n_particles
     how = SMCOptions(count, **options)
-    # The fused filter knows variances, not covariances.
-    fast = None
-    if model.latent_dim == 1:
-        fast = fused.bootstrap(model, batch, how, generator, moments=True)
+    fast = fused.bootstrap(model, batch, how, generator, moments=True)
     if fast is not None and fast.mean is not None and fast.var is not None:
-        mean, cov, increments, ess = fast.mean, fast.var[..., None], fast.increments, fast.ess
+        cov = fast.var[..., None] if fast.cov is None else fast.cov
+        mean, increments, ess = fast.mean, fast.increments, fast.ess
     else:
         collector = Moments(model)
         out = smc.run(model, batch, how, generator, (collector,))

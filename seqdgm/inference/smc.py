@@ -155,6 +155,8 @@ class SMCOptions:
     collapse : {"raise", "zero"}
         What becomes of a series in which every particle has weight zero: a ValueError, or evidence
         of minus infinity (a parameter value that the data rule out); NaN raises either way.
+    compile : bool
+        Compile the model's step, for `filter` and `log_prob`: `seqdgm.inference.compiled`.
     """
 
     n_particles: int = 1000
@@ -167,6 +169,7 @@ class SMCOptions:
     weigh: Weigh | None = None
     differentiable: bool = False
     collapse: Literal["raise", "zero"] = "raise"
+    compile: bool = False
 
 
 @dataclass
@@ -329,6 +332,8 @@ def _make_plan(
 ) -> _Plan:
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"threshold={options.threshold!r} must lie between 0 and 1")
+    if options.compile:
+        raise ValueError("compile=True serves filter and log_prob alone; leave it out here")
     moving = isinstance(options.resampler, MemoryResampler)
     if moving and (options.lookahead is not None or options.reference is not None):
         raise ValueError(

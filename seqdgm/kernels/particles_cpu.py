@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,31 +21,34 @@ from torch import Tensor
 from seqdgm.kernels import (
     particles_cpu_filter,
     particles_cpu_math,
+    particles_cpu_models,
     particles_cpu_resample,
     particles_reference,
     particles_types,
     philox,
 )
-from seqdgm.kernels.arrays import as_array
+from seqdgm.kernels.arrays import as_array, as_tensor
 from seqdgm.kernels.cached import compiled, digest
 from seqdgm.kernels.particles_cpu_filter import (
     ADD_UP,
     BEGIN,
+    COVARIANCES,
     END,
     FAILED,
     FIND,
     FINISH,
     MOVE,
+    NOTHING,
     PLACE,
     RESAMPLE,
     WHOLE,
     Cloud,
-    Model,
     Output,
     Scratch,
     make_cloud,
     make_scratch,
 )
+from seqdgm.kernels.particles_cpu_models import Model
 from seqdgm.kernels.particles_cpu_resample import BLOCK
 from seqdgm.kernels.particles_types import (
     SCHEMES,
@@ -168,7 +172,9 @@ def bootstrap_linear_gaussian(
         for name, field in zip(problem._fields[:-1], problem[:-1], strict=True)
     ]
     model = Model._make([*arrays, np.empty((0, 8))])
-    return _bootstrap(model, problem.lengths, n_particles, seed, threshold, moments)
+    state = problem.F.shape[-1]
+    work = Work(_compiled("filter"), model, problem.y.shape[1], Sizes(state, state, 1))
+    return bootstrap(work, problem.lengths, n_particles, seed, threshold, int(moments))
 
 
 def bootstrap_volatility(
@@ -184,40 +190,58 @@ def bootstrap_volatility(
     y, mask = problem.y[..., None], problem.mask[..., None]
     nothing = [np.empty((0,) * axes) for axes in (4, 4, 3, 2, 3, 4, 3)]
     model = Model._make([*nothing, as_array(y, 1), as_array(mask, 1), volatility])
-    return _bootstrap(model, problem.lengths, n_particles, seed, threshold, moments)
+    work = Work(_compiled("filter"), model, problem.y.shape[1], Sizes(1, 1, 1))
+    return bootstrap(work, problem.lengths, n_particles, seed, threshold, int(moments))
 
 
-def _bootstrap(
-    model: Model, lengths: Tensor, count: int, seed: int, threshold: float, moments: bool
+class Sizes(NamedTuple):
+    """Rows that a block of particles needs: its elements, draws for them, and others."""
+
+    state: int
+    draws: int
+    more: int
+
+
+class Work(NamedTuple):
+    """A compiled filter, the arrays of its model, the number of steps, and its rows."""
+
+    loop: Callable[..., None]
+    model: NamedTuple
+    steps: int
+    sizes: Sizes
+
+
+def bootstrap(
+    work: Work, lengths: Tensor, count: int, seed: int, threshold: float, wanted: int
 ) -> Bootstrapped:
-    n, steps, state = len(lengths), model.y.shape[1], max(model.m0.shape[1], 1)
-    shape = (n if moments else 0, steps, state)
+    """Run a compiled filter; `wanted` says which moments (`particles_cpu_filter`)."""
+    n, steps, state = len(lengths), work.steps, work.sizes.state
+    shape = (n if wanted > NOTHING else 0, steps, state)
     output = Output(
         np.zeros((n, steps)),
         np.full((n, steps), np.nan),
         np.zeros(n),
         np.full(shape, np.nan),
         np.full(shape, np.nan),
+        np.full((n if wanted == COVARIANCES else 0, steps, state, state), np.nan),
     )
     ends, key = as_array(lengths), np.array(split(seed), dtype=np.uint64)
+    pairs = state * (state - 1) // 2 if wanted == COVARIANCES else 0
     if count >= _WORTH_SHARING and n < torch.get_num_threads():
-        _share(model, ends, make_cloud(count, state), key, threshold, output)
+        _share(work, ends, make_cloud(count, state, pairs), key, threshold, output)
     else:
-        loop = _compiled("filter")
 
         def run(start: int, stop: int) -> None:
-            memory = (make_cloud(count, state), make_scratch(state))
-            loop(WHOLE, model, *memory, key, threshold, output, 0, ends, 0, start, stop)
+            memory = (make_cloud(count, state, pairs), make_scratch(*work.sizes))
+            work.loop(WHOLE, work.model, *memory, key, threshold, output, 0, ends, 0, start, stop)
 
         spread(run, n, steps * count * _WORK)
-    increments, ess, stderr, mean, var = (torch.from_numpy(array) for array in output)
-    if moments:
-        return Bootstrapped(increments, ess, stderr, mean, var)
-    return Bootstrapped(increments, ess, stderr, None, None)
+    increments, ess, stderr = (torch.from_numpy(array) for array in output[:3])
+    return Bootstrapped(increments, ess, stderr, *(as_tensor(array) for array in output[3:]))
 
 
 def _share(
-    model: Model,
+    work: Work,
     lengths: np.ndarray,
     cloud: Cloud,
     key: np.ndarray,
@@ -225,9 +249,9 @@ def _share(
     output: Output,
 ) -> None:
     """Filter few series of many particles, with all threads at one series."""
-    count, facts, loop = len(cloud.log_weights), cloud.facts, _compiled("filter")
+    count, facts = len(cloud.log_weights), cloud.facts
     threads = torch.get_num_threads()
-    scratches = [make_scratch(cloud.z.shape[1]) for _ in range(threads)]
+    scratches = [make_scratch(*work.sizes) for _ in range(threads)]
     blocks = -(-count // BLOCK)
     edges = [min(count, BLOCK * (blocks * k // threads)) for k in range(threads + 1)]
 
@@ -235,8 +259,8 @@ def _share(
 
         def do(part: int, s: int, t: int) -> None:
             def run(scratch: Scratch, start: int, stop: int) -> None:
-                data = (model, cloud, scratch, key, threshold, output)
-                loop(part, *data, s, lengths, t, start, stop)
+                data = (work.model, cloud, scratch, key, threshold, output)
+                work.loop(part, *data, s, lengths, t, start, stop)
 
             if part in (ADD_UP, PLACE, MOVE):
                 list(pool.map(run, scratches, edges[:-1], edges[1:]))
@@ -266,7 +290,7 @@ def _compiled(name: str) -> Callable[..., None]:
         "blocks": particles_cpu_resample.bind_blocks,
         "gather": particles_cpu_resample.bind_gather,
         "pick": particles_cpu_resample.bind_pick,
-        "filter": particles_cpu_filter.bind_filter,
+        "filter": particles_cpu_models.bind_filter,
     }[name]
     sources = (philox, particles_types, particles_cpu_math, particles_cpu_resample)
-    return compiled(bind(digest(*sources, particles_cpu_filter)))
+    return compiled(bind(digest(*sources, particles_cpu_filter, particles_cpu_models)))

@@ -1,20 +1,23 @@
 """Fused bootstrap filters on blocks of particles, compiled.
 
 A step is three passes over the blocks of `BLOCK` particles: `_add_up` and `_place` where the
-series resamples, and `_move`, which fetches the ancestors, moves them, and weighs them while they
+series resamples, and a last one that fetches the ancestors, moves them, and weighs them while they
 are in the cache. Sums are taken over blocks, and blocks in order, so nothing depends on threads.
+
+A model is a tuple of arrays with a field `mask`, (series, time, element), and two compiled
+functions: ``move(model, cloud, scratch, key, s, t, first)`` writes the new states of the block that
+begins with particle `first`, ``score(model, cloud, scratch, s, t, first)`` adds to its log-weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from seqdgm.kernels.cpu_steps import glue
-from seqdgm.kernels.particles_cpu_math import called, exp, log, normals, top, uniform, wide
+from seqdgm.kernels.particles_cpu_math import called, exp, top, uniform, wide
 from seqdgm.kernels.particles_cpu_resample import (
     BLOCK,
     accumulate,
@@ -28,7 +31,6 @@ from seqdgm.kernels.particles_cpu_resample import (
 from seqdgm.kernels.particles_types import UNIT
 from seqdgm.kernels.philox import RESAMPLING, RUN
 
-_LOG_2PI = math.log(2.0 * math.pi)
 # What a series carries from step to step. BASE is the log of the sum of its log-weights as they
 # are stored, HALF and EVE the halves of double buffers that are in use.
 # RESAMPLE says that the series resamples before the next step, RENEWED that it did before this one.
@@ -37,24 +39,7 @@ N_FACTS = 9
 TOP, SUM, SQUARES = range(3)  # of a block, before the moments of each element
 # Parts of the filter; the first three are passes over the blocks.
 ADD_UP, PLACE, MOVE, BEGIN, FIND, FINISH, END, WHOLE = range(8)
-_ZERO = np.int64(0)  # a number that is no constant, for which a function would be compiled anew
-MU, RHO, SIGMA, M0, S0, LEVERAGE, DF, CONSTANT = range(8)  # of a volatility
-_LARGE = 1e300
-
-
-class Model(NamedTuple):
-    """A linear-Gaussian problem, or a volatility: then `volatility` is not empty."""
-
-    F: np.ndarray
-    root: np.ndarray
-    b: np.ndarray
-    m0: np.ndarray
-    root0: np.ndarray
-    h: np.ndarray
-    var: np.ndarray
-    y: np.ndarray
-    mask: np.ndarray
-    volatility: np.ndarray
+NOTHING, VARIANCES, COVARIANCES = range(3)  # which moments are wanted
 
 
 class Cloud(NamedTuple):
@@ -65,15 +50,15 @@ class Cloud(NamedTuple):
     ancestors: np.ndarray  # (particle,)
     eve: np.ndarray  # (2, particle), the first ancestors
     sums: np.ndarray  # (block + 1,), where each block begins in the cumulative sum
-    blocks: np.ndarray  # (block, 3 + 2 state)
+    blocks: np.ndarray  # (block, 3 + 2 state), then one for each pair of elements if wanted
     facts: np.ndarray  # (N_FACTS,)
 
 
 class Scratch(NamedTuple):
     """Memory of a thread."""
 
-    rows: np.ndarray  # (2 state + 1, BLOCK): elements before the move, draws, one more
-    draws: np.ndarray  # (state, groups, 2, RUN): the draws again
+    rows: np.ndarray  # (state + draws + more, BLOCK): elements before the move, draws, others
+    draws: np.ndarray  # (draws, groups, 2, RUN): the draws again
     starts: np.ndarray  # (BLOCK + 1,)
 
 
@@ -85,9 +70,10 @@ class Output(NamedTuple):
     stderr: np.ndarray
     mean: np.ndarray
     var: np.ndarray
+    cov: np.ndarray
 
 
-def make_cloud(n: int, state: int) -> Cloud:
+def make_cloud(n: int, state: int, pairs: int = 0) -> Cloud:
     """Memory for the particles of a series."""
     blocks = -(-n // BLOCK)
     return Cloud(
@@ -96,16 +82,16 @@ def make_cloud(n: int, state: int) -> Cloud:
         np.empty(n, dtype=np.uint32),
         np.empty((2, n), dtype=np.uint32),
         np.empty(blocks + 1),
-        np.empty((blocks, 3 + 2 * state)),
+        np.empty((blocks, 3 + 2 * state + pairs)),
         np.empty(N_FACTS),
     )
 
 
-def make_scratch(state: int) -> Scratch:
+def make_scratch(state: int, draws: int, more: int) -> Scratch:
     """Memory of a thread."""
-    rows = np.empty((2 * state + 1, BLOCK))
-    draws = rows[state : 2 * state].reshape(state, BLOCK // (2 * RUN), 2, RUN)
-    return Scratch(rows, draws, np.empty(BLOCK + 1, dtype=np.uint32))
+    rows = np.empty((state + draws + more, BLOCK))
+    own = rows[state : state + draws].reshape(draws, BLOCK // (2 * RUN), 2, RUN)
+    return Scratch(rows, own, np.empty(BLOCK + 1, dtype=np.uint32))
 
 
 # ---------------------------------------------------------------- resampling
@@ -143,14 +129,14 @@ def _find_blocks(cloud: Cloud) -> None:
 
 
 @glue
-def _at(field: np.ndarray, s: int, t: int) -> np.ndarray:
+def at(field: np.ndarray, s: int, t: int) -> np.ndarray:
+    """What a field of a model holds for a step; axes of length 1 are shared."""
     return field[s if len(field) > 1 else 0, t if field.shape[1] > 1 else 0]
 
 
 @called
-def _fetch(
-    z: np.ndarray, ancestors: np.ndarray, first: int, renewed: bool, out: np.ndarray
-) -> None:
+def fetch(z: np.ndarray, ancestors: np.ndarray, first: int, renewed: bool, out: np.ndarray) -> None:
+    """Copy an element of the ancestors of a block."""
     wide()
     if renewed:
         own = ancestors[first : first + BLOCK]
@@ -162,129 +148,13 @@ def _fetch(
             out[p] = old[p]
 
 
-@called
-def _add(out: np.ndarray, weights: np.ndarray, rows: np.ndarray, row: int, first: int) -> None:
-    """Add weights of rows, from element `first` on; what has weight zero is left out."""
-    wide()
-    n, k = len(out), 0
-    while k < len(weights):
-        if weights[k] == 0.0:
-            k += 1
-            continue
-        a, x = weights[k], rows[row + k, first : first + n]
-        if k + 1 < len(weights):
-            b, y = weights[k + 1], rows[row + k + 1, first : first + n]
-            for p in range(n):
-                out[p] += a * x[p] + b * y[p]
-        else:
-            for p in range(n):
-                out[p] += a * x[p]
-        k += 2
-
-
-@called
-def _move_linear(
-    model: Model, cloud: Cloud, scratch: Scratch, key: Any, s: int, t: int, first: int
-) -> None:
-    facts, rows = cloud.facts, scratch.rows
-    half, state = int(facts[HALF]), cloud.z.shape[1]
-    new = cloud.z[1 - half]
-    n = min(BLOCK, new.shape[1] - first)
-    for d in range(state):
-        normals(key, s, t, d, first, n, scratch.draws[d])
-        if t > 0:
-            _fetch(cloud.z[half, d], cloud.ancestors, first, facts[RENEWED] > 0.0, rows[d])
-    for i in range(state):
-        out = new[i, first : first + n]
-        if t > 0:
-            out[:] = _at(model.b, s, t)[i]
-            _add(out, _at(model.F, s, t)[i], rows, _ZERO, _ZERO)
-            _add(out, _at(model.root, s, t)[i, : i + 1], rows, state, _ZERO)
-        else:
-            out[:] = model.m0[s if len(model.m0) > 1 else 0, i]
-            _add(out, model.root0[s if len(model.root0) > 1 else 0, i, : i + 1], rows, state, _ZERO)
-
-
-@called
-def _score_linear(model: Model, cloud: Cloud, scratch: Scratch, s: int, t: int, first: int) -> None:
-    """Add the log-density of a step to the log-weights of a block."""
-    wide()
-    z = cloud.z[1 - int(cloud.facts[HALF])]
-    log_weights = cloud.log_weights[first : first + BLOCK]
-    n = len(log_weights)
-    error = scratch.rows[len(scratch.rows) - 1, :n]
-    h, var = _at(model.h, s, t), _at(model.var, s, t)
-    y, seen = _at(model.y, s, t), _at(model.mask, s, t)
-    for i in range(len(var)):
-        if seen[i]:
-            error[:] = -y[i]
-            _add(error, h[i], z, _ZERO, first)
-            scale, constant = 0.5 / var[i], 0.5 * (math.log(var[i]) + _LOG_2PI)
-            for p in range(n):
-                log_weights[p] -= scale * (error[p] * error[p]) + constant
-
-
-@called
-def _move_volatility(
-    model: Model, cloud: Cloud, scratch: Scratch, key: Any, s: int, t: int, first: int
-) -> None:
-    wide()
-    facts = cloud.facts
-    half = int(facts[HALF])
-    own = model.volatility[s if len(model.volatility) > 1 else 0]
-    mu, rho, sigma, leverage = own[MU], own[RHO], own[SIGMA], own[LEVERAGE]
-    m0, s0 = own[M0], own[S0]
-    z = cloud.z[1 - half, 0, first : first + BLOCK]
-    old, e = scratch.rows[0], scratch.rows[1]
-    normals(key, s, t, _ZERO, first, len(z), scratch.draws[0])
-    if t == 0:
-        for p in range(len(z)):
-            z[p] = m0 + s0 * e[p]
-        return
-    _fetch(cloud.z[half, 0], cloud.ancestors, first, facts[RENEWED] > 0.0, old)
-    if leverage != 0.0 and _at(model.mask, s, t - 1)[0]:
-        y, apart = leverage * _at(model.y, s, t - 1)[0], math.sqrt(1.0 - leverage * leverage)
-        for p in range(len(z)):
-            e[p] = y * exp(-0.5 * old[p]) + apart * e[p]
-    for p in range(len(z)):
-        z[p] = mu + rho * (old[p] - mu) + sigma * e[p]
-
-
-@called
-def _score_volatility(model: Model, cloud: Cloud, s: int, t: int, first: int) -> None:
-    """Add the log-density of a step to the log-weights of a block."""
-    wide()
-    own = model.volatility[s if len(model.volatility) > 1 else 0]
-    df, constant, y = own[DF], own[CONSTANT], _at(model.y, s, t)[0]
-    z = cloud.z[1 - int(cloud.facts[HALF]), 0, first : first + BLOCK]
-    log_weights = cloud.log_weights[first : first + BLOCK]
-    square = y * y
-    if df == 0.0:
-        for p in range(len(z)):
-            log_weights[p] += constant - 0.5 * (z[p] + square * exp(-z[p]))
-        return
-    square, power = square / df, 0.5 * df + 0.5
-    for p in range(len(z)):
-        ratio = 1.0 + square * exp(-z[p])
-        penalty = power * log(ratio)
-        # The logarithm knows neither infinity nor NaN.
-        penalty = penalty if ratio < _LARGE else ratio
-        log_weights[p] += constant - 0.5 * z[p] - penalty
-
-
 @exact
-def _move(
-    model: Model, cloud: Cloud, scratch: Scratch, key: Any, s: int, t: int, first: int, wanted: bool
-) -> None:
-    """Move a block of particles to a step, weigh them, and note the sums of the block."""
+def _start_weights(cloud: Cloud, t: int, first: int) -> None:
+    """Log-weights of a block before it meets the observation, and its first ancestors."""
     facts, eve = cloud.facts, int(cloud.facts[EVE])
     log_weights = cloud.log_weights[first : first + BLOCK]
     n = len(log_weights)
     renewed = facts[RENEWED] > 0.0
-    if len(model.volatility) > 0:
-        _move_volatility(model, cloud, scratch, key, s, t, first)
-    else:
-        _move_linear(model, cloud, scratch, key, s, t, first)
     if renewed or t == 0:
         log_weights[:] = 0.0
     else:
@@ -299,21 +169,32 @@ def _move(
         old, new = cloud.eve[eve], cloud.eve[1 - eve]
         for p in range(first, first + n):
             new[p] = old[cloud.ancestors[p]]
-    if len(model.volatility) == 0:
-        _score_linear(model, cloud, scratch, s, t, first)
-    elif _at(model.mask, s, t)[0]:
-        _score_volatility(model, cloud, s, t, first)
+
+
+@exact
+def _note(cloud: Cloud, first: int, wanted: int) -> None:
+    """Note the sums of a block."""
+    log_weights = cloud.log_weights[first : first + BLOCK]
+    n = len(log_weights)
     note = cloud.blocks[first // BLOCK]
     note[TOP] = top(log_weights)
     note[SUM], note[SQUARES] = 0.0, 0.0
     if note[TOP] != -math.inf:
         note[SUM], note[SQUARES] = exp_sums(log_weights, note[TOP])
-    if wanted:
-        z = cloud.z[1 - int(facts[HALF])]
+    z = cloud.z[1 - int(cloud.facts[HALF])]
+    if wanted > NOTHING:
         for i in range(len(z)):
             part = z[i, first : first + n]
             mean, spread = _block_moments(log_weights, note[TOP], note[SUM], part)
             note[3 + 2 * i], note[4 + 2 * i] = mean, spread
+    if wanted == COVARIANCES:
+        k = 3 + 2 * len(z)
+        for i in range(len(z)):
+            for j in range(i):
+                a, b = z[i, first : first + n], z[j, first : first + n]
+                own = note[3 + 2 * i], note[3 + 2 * j]
+                note[k] = _block_product(log_weights, note[TOP], a, own[0], b, own[1])
+                k += 1
 
 
 @summed
@@ -332,6 +213,18 @@ def _block_moments(
     return mean, spread
 
 
+@summed
+def _block_product(
+    log_weights: np.ndarray, shift: float, a: np.ndarray, mean: float, b: np.ndarray, other: float
+) -> float:
+    """Weighted sum of products of two elements about their means."""
+    wide()
+    total = 0.0
+    for p in range(len(a)):
+        total += exp(log_weights[p] - shift) * ((a[p] - mean) * (b[p] - other))
+    return total
+
+
 # ---------------------------------------------------------------- a step, and a series
 
 
@@ -344,16 +237,16 @@ def _begin(cloud: Cloud) -> None:
 
 
 @exact
-def _seen(model: Model, s: int, t: int) -> bool:
+def _seen(model: Any, s: int, t: int) -> bool:
     seen = False
-    for each in _at(model.mask, s, t):
+    for each in at(model.mask, s, t):
         seen |= each
     return seen
 
 
 @exact
 def _finish_step(
-    model: Model, cloud: Cloud, output: Output, s: int, t: int, threshold: float
+    model: Any, cloud: Cloud, output: Output, s: int, t: int, threshold: float
 ) -> None:
     """Put the blocks together, and decide whether to resample before the next step."""
     facts, blocks, n = cloud.facts, cloud.blocks, len(cloud.log_weights)
@@ -377,6 +270,8 @@ def _finish_step(
     if len(output.mean) > 0:
         for i in range(cloud.z.shape[1]):
             _finish_moments(blocks, largest, total, i, output.mean[s, t], output.var[s, t])
+    if len(output.cov) > 0:
+        _finish_cov(blocks, largest, total, output.mean[s, t], output.var[s, t], output.cov[s, t])
     if facts[RENEWED] > 0.0:
         facts[EVE] = 1.0 - facts[EVE]
     facts[HALF], facts[RENEWED] = 1.0 - facts[HALF], 0.0
@@ -403,6 +298,28 @@ def _finish_moments(
     mean[i], var[i] = middle, spread
 
 
+@exact
+def _finish_cov(
+    blocks: np.ndarray,
+    largest: float,
+    total: float,
+    mean: np.ndarray,
+    var: np.ndarray,
+    cov: np.ndarray,
+) -> None:
+    k = 3 + 2 * len(mean)
+    for i in range(len(mean)):
+        cov[i, i] = var[i]
+        for j in range(i):
+            spread = 0.0
+            for b in range(len(blocks)):
+                apart = (blocks[b, 3 + 2 * i] - mean[i]) * (blocks[b, 3 + 2 * j] - mean[j])
+                own = blocks[b, k] + blocks[b, SUM] * apart
+                spread += _scale(blocks, b, largest) / total * own
+            cov[i, j], cov[j, i] = spread, spread
+            k += 1
+
+
 @called
 def _stderr(cloud: Cloud) -> float:
     """Equation 8 of Lee and Whiteley (2018), by families of particles with one first ancestor."""
@@ -426,36 +343,38 @@ def _stderr(cloud: Cloud) -> float:
     return math.sqrt(max(0.0, 1.0 - growth * (1.0 - squares)))
 
 
-@exact
-def _pass(
-    part: int,
-    model: Model,
-    cloud: Cloud,
-    scratch: Scratch,
-    key: Any,
-    s: int,
-    t: int,
-    wanted: bool,
-    start: int,
-    stop: int,
-) -> None:
-    """One of the passes over the blocks of particles `start` to `stop`."""
-    u = uniform(key, s, t, RESAMPLING) if part == PLACE else 0.0
-    for first in range(start, stop, BLOCK):
-        if part == ADD_UP:
-            _add_up(cloud, first)
-        elif part == PLACE:
-            _place(cloud, scratch, first, u)
-        else:
-            _move(model, cloud, scratch, key, s, t, first, wanted)
+def bind_run(move: Any, score: Any) -> Any:
+    """The filter of a model, from its two compiled functions."""
 
-
-def bind_filter(digest: str) -> Callable[..., None]:
-    """The filter over a range of series, or a part of it for threads that share one."""
-
-    def bootstrap(
+    @exact
+    def each_block(
         part: int,
-        model: Model,
+        model: Any,
+        cloud: Cloud,
+        scratch: Scratch,
+        key: Any,
+        s: int,
+        t: int,
+        wanted: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        u = uniform(key, s, t, RESAMPLING) if part == PLACE else 0.0
+        for first in range(start, stop, BLOCK):
+            if part == ADD_UP:
+                _add_up(cloud, first)
+            elif part == PLACE:
+                _place(cloud, scratch, first, u)
+            else:
+                move(model, cloud, scratch, key, s, t, first)
+                _start_weights(cloud, t, first)
+                score(model, cloud, scratch, s, t, first)
+                _note(cloud, first, wanted)
+
+    @exact
+    def run(
+        part: int,
+        model: Any,
         cloud: Cloud,
         scratch: Scratch,
         key: np.ndarray,
@@ -467,9 +386,9 @@ def bind_filter(digest: str) -> Callable[..., None]:
         start: int,
         stop: int,
     ) -> None:
-        """All of series `start` to `stop`; or a part of step t, for particles `start` to `stop`."""
-        _ = digest
-        wanted, zero, n = len(output.mean) > 0, np.int64(0), len(cloud.log_weights)
+        wanted, zero, n = NOTHING, np.int64(0), len(cloud.log_weights)
+        if len(output.mean) > 0:
+            wanted = COVARIANCES if len(output.cov) > 0 else VARIANCES
         first, last = (start, stop) if part == WHOLE else (series, series + 1)
         for s in range(first, last):
             if part in (WHOLE, BEGIN):
@@ -479,9 +398,9 @@ def bind_filter(digest: str) -> Callable[..., None]:
                     for each in range(ADD_UP if cloud.facts[RESAMPLE] > 0.0 else MOVE, MOVE + 1):
                         if each == PLACE:
                             _find_blocks(cloud)
-                        _pass(each, model, cloud, scratch, key, s, step, wanted, zero, n)
+                        each_block(each, model, cloud, scratch, key, s, step, wanted, zero, n)
                 elif part <= MOVE:
-                    _pass(part, model, cloud, scratch, key, s, t, wanted, start, stop)
+                    each_block(part, model, cloud, scratch, key, s, t, wanted, start, stop)
                 elif part == FIND:
                     _find_blocks(cloud)
                 if part in (WHOLE, FINISH):
@@ -491,4 +410,4 @@ def bind_filter(digest: str) -> Callable[..., None]:
             if part in (WHOLE, END) and lengths[s] > 0:
                 output.stderr[s] = _stderr(cloud)
 
-    return bootstrap
+    return run

@@ -195,3 +195,19 @@ def normals(
             radius = out[group, 0, i]
             out[group, 0, i] = radius * x
             out[group, 1, i] = radius * y
+
+
+@called
+def uniforms(
+    key: Any, series: int, step: int, purpose: int, first: int, count: int, out: np.ndarray
+) -> None:
+    """Numbers in (0, 1) in place of normal draws; see `normals`."""
+    wide()
+    c0, c2, c3 = np.uint64(series), np.uint64(step), np.uint64(purpose)
+    k0, k1 = key[0], key[1]
+    for group in range((count + 2 * _RUN - 1) // (2 * _RUN)):
+        c1 = np.uint64((first + 2 * _RUN * group) // 2)
+        for i in range(min(_RUN, count - 2 * _RUN * group)):
+            a, b = _pair(c0, c1 + np.uint64(i), c2, c3, k0, k1)
+            out[group, 0, i] = a
+            out[group, 1, i] = b

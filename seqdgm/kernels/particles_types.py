@@ -64,6 +64,8 @@ class Bootstrapped(NamedTuple):
         evidence do, and the error comes out too small, by a quarter where every step resamples.
     mean, var : (series, time, state), or None
         Estimated mean and variance of each element of z_t given x_1..t.
+    cov : (series, time, state, state), or None
+        Covariance, where the filter gives it.
     """
 
     increments: Float[Tensor, "series time"]
@@ -71,6 +73,7 @@ class Bootstrapped(NamedTuple):
     stderr: Float[Tensor, "series"]
     mean: Float[Tensor, "series time state"] | None
     var: Float[Tensor, "series time state"] | None
+    cov: Float[Tensor, "series time state state"] | None = None
 
 
 class Volatility(NamedTuple):
