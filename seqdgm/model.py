@@ -123,11 +123,8 @@ class SequenceModel(Description):
             )
             if valid is not None:
                 held["valid"] = prepare(candidate, valid, valid_inputs)[1]
-            shown: dict[str, Any] = {"progress": progress, **held, **options}
-            report: FitReport = learner(
-                candidate, batch, method=method, generator=generator, **shown
-            )
-            return report, batch
+            known: dict[str, Any] = {"generator": generator, "progress": progress, **held}
+            return learner(candidate, batch, method=method, **known, **options), batch
 
         power = None
         if self.transform == "boxcox":

@@ -21,7 +21,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ class Run:
     @property
     def model(self) -> StateSpaceModel:
         """What is trained."""
-        return self.updater.objective.model
+        return self.updater.evaluation.model
 
     @property
     def rank(self) -> int:
@@ -166,7 +166,8 @@ def fit(
         For an unknown option, a checkpoint of another run, or if not even the first epoch gave a
         finite objective.
     """
-    opts = read_options(model, options)
+    opts = read_options(model, method, options)
+    opts.check_machine(model.device.type)
     begin = time.monotonic()
     updater = Updater.of(model, opts)
     batch = move(batch, model.device)
@@ -174,7 +175,7 @@ def fit(
     state = Progress(draw_seed(generator), draw_seed(generator))
     noise = torch.Generator(device=model.device)
     noise.manual_seed(draw_seed(generator) + updater.fabric.global_rank)
-    identity = {"model": repr(model), "method": method, "options": opts.bound()}
+    identity = {"model": _described(model), "method": method, "options": opts.bound()}
     if opts.checkpoint is not None or opts.resume is not None:
         identity["data"] = checkpoints.fingerprint(batch, valid)
     head, held = _hold_out(batch, valid, opts)
@@ -248,7 +249,7 @@ def _epoch(run: Run) -> bool:
         state.position, state.updates = k + 1, state.updates + 1
         if outcome.due:
             _save(run)
-    state.curves.learning_rate.append(rate)
+    state.curves.learning_rate.append(_rate(run, len(parts) - 1, len(parts)))
     return True
 
 
@@ -313,8 +314,10 @@ def _close_epoch(run: Run) -> None:
 @torch.no_grad()
 def _validate(run: Run, held: Held) -> float:
     """Objective per observed step of what was held out, in the model's own precision."""
-    objective, device = run.updater.objective.eval(), held.batch.x.device
+    module, device = run.updater.evaluation.eval(), held.batch.x.device
     world, rank = run.opts.world, run.rank
+    # The bound itself, whatever is added to it or taken from it to learn better.
+    target = replace(run.opts.objective, free_bits=0.0)
     # The same noise at every epoch, so that epochs differ by their weights alone.
     noise = torch.Generator(device=device).manual_seed(run.state.valid_seed + rank)
     order = torch.argsort(held.batch.lengths, stable=True)[rank::world]
@@ -323,9 +326,10 @@ def _validate(run: Run, held: Held) -> float:
         part = trim(held.batch.take(rows))
         t = torch.arange(part.n_steps, device=device)
         counted = part.mask.any(-1) & (t[None] >= held.begin[rows, None]) & part.valid
-        value = objective(Work(part, 1.0, noise)).value
+        terms = module(Work(part, target, 1.0, noise))
+        value = terms.reconstruction - terms.divergence
         sums += torch.stack([value[counted].double().sum(), counted.sum()])
-    objective.train()
+    module.train()
     total, steps = run.updater.sum(sums).tolist()
     return float(total / steps)
 
@@ -393,6 +397,13 @@ def _generators(run: Run) -> dict[str, torch.Generator]:
     if device.type == "cuda":
         found["cuda"] = torch.cuda.default_generators[device.index or 0]
     return found
+
+
+def _described(model: StateSpaceModel) -> str:
+    """Class and hyperparameters, without those that say how to train."""
+    training = {f.name for f in fields(TrainingOptions)}
+    own = {k: v for k, v in model.get_params().items() if k not in training}
+    return f"{type(model).__name__}({', '.join(f'{k}={v!r}' for k, v in own.items())})"
 
 
 def _snapshot(model: StateSpaceModel) -> dict[str, Tensor]:

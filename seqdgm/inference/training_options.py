@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from seqdgm.inference.objectives import Objective
 from seqdgm.inference.schedules import SCHEDULES, Schedule
 from seqdgm.results import FitReport
 from seqdgm.types import check_count
@@ -81,6 +82,9 @@ class TrainingOptions:
         Checkpoint to go on from. Data and options must be those of the run that wrote it, but for
         `max_epochs`, `patience` and the options about checkpoints themselves; what follows is then
         bit for bit what that run would have come to.
+    objective : Objective
+        What is maximised; ``fit`` takes its name from ``method`` and its other settings, such as
+        ``n_particles`` and ``free_bits``, beside those listed here.
     on_epoch : callable, optional
         Called with the `FitReport` so far after each epoch; training ends with whatever it raises.
     """
@@ -108,6 +112,7 @@ class TrainingOptions:
     checkpoint: str | Path | None = None
     checkpoint_minutes: float = 10.0
     resume: str | Path | None = None
+    objective: Objective = Objective()  # noqa: RUF009 - frozen
     on_epoch: Callable[[FitReport], None] | None = None
 
     def __post_init__(self) -> None:
@@ -139,8 +144,13 @@ class TrainingOptions:
         """Number of processes."""
         return self.devices * self.nodes
 
-    def check_world(self) -> None:
-        """Raise a ValueError unless as many processes were started as are asked for."""
+    def check_machine(self, device: str) -> None:
+        """Raise a ValueError unless the processes and the arithmetic asked for are there."""
+        if self.precision == "16-mixed" and device == "cpu":
+            raise ValueError(
+                "precision='16-mixed' needs a GPU: torch has no recurrent networks in float16 for "
+                "a CPU; use 'bf16-mixed', or device='cuda'"
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world > 1 and started != self.world:
             raise ValueError(
@@ -155,23 +165,39 @@ class TrainingOptions:
         # The cosine ends at the last epoch: with another one it is another schedule.
         if self.schedule == "cosine":
             values["max_epochs"] = self.max_epochs
+        values["objective"] = asdict(self.objective)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def read_options(model: StateSpaceModel, options: dict[str, Any]) -> TrainingOptions:
+def read_options(model: StateSpaceModel, method: str, options: dict[str, Any]) -> TrainingOptions:
     """Settings from those of the model and those given to ``fit``.
+
+    Parameters
+    ----------
+    model : StateSpaceModel
+        Its hyperparameters of the same names are the defaults.
+    method : str
+        Name of the objective; ``"mle"`` for a model without latent states, whose bound is its
+        likelihood.
+    options : dict
+        Fields of `TrainingOptions` and of `Objective`.
 
     Raises
     ------
     ValueError
         For an unknown name or an impossible value.
     """
-    known = {f.name for f in fields(TrainingOptions)}
+    aims = {f.name for f in fields(Objective)} - {"name"}
+    known = ({f.name for f in fields(TrainingOptions)} - {"objective"}) | aims
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"unknown training options {unknown}; choose from {sorted(known)}")
     own = {name: value for name, value in model.get_params().items() if name in known}
-    return replace(TrainingOptions(), **{**own, **options})
+    given = {**own, **options}
+    name: Any = "elbo" if method == "mle" else method
+    objective = Objective(name, **{k: v for k, v in given.items() if k in aims})
+    rest = {k: v for k, v in given.items() if k not in aims}
+    return replace(TrainingOptions(), objective=objective, **rest)
 
 
 def _within(

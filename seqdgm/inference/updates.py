@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqdgm.inference.checkpoints import optimizer_tensors, pack, set_optimizer, unpack
+from seqdgm.inference.objectives import Objective, Terms, evaluate
 from seqdgm.inference.training_options import TrainingOptions
-from seqdgm.inference.variational import bound
 from seqdgm.types import Batch
 
 if TYPE_CHECKING:
@@ -27,20 +26,14 @@ class Work:
     it and casts or copies the data.
     """
 
-    def __init__(self, batch: Batch, beta: float, generator: torch.Generator) -> None:
-        self.batch, self.beta, self.generator = batch, beta, generator
+    def __init__(
+        self, batch: Batch, objective: Objective, beta: float, generator: torch.Generator
+    ) -> None:
+        self.batch, self.objective, self.beta, self.generator = batch, objective, beta, generator
 
 
-class Terms(NamedTuple):
-    """Objective step by step, and its two parts; zero beyond a series' end."""
-
-    value: Float[Tensor, "series time"]
-    reconstruction: Float[Tensor, "series time"]
-    divergence: Float[Tensor, "series time"]
-
-
-class Objective(nn.Module):
-    """The bound as a module, so that Fabric can wrap it."""
+class Evaluation(nn.Module):
+    """The objective as a module, so that Fabric can wrap it."""
 
     def __init__(self, model: StateSpaceModel) -> None:
         super().__init__()
@@ -48,9 +41,7 @@ class Objective(nn.Module):
 
     def forward(self, work: Work) -> Terms:
         """Objective of a minibatch."""
-        terms = bound(self.model, work.batch, work.generator)
-        value = terms.reconstruction - work.beta * terms.divergence
-        return Terms(value, terms.reconstruction, terms.divergence)
+        return evaluate(self.model, work.batch, work.objective, work.beta, work.generator)
 
 
 class Outcome(NamedTuple):
@@ -78,7 +69,7 @@ class Outcome(NamedTuple):
 class Updater:
     """Objective and optimizer as Fabric has set them up, and the moving average of the weights."""
 
-    objective: Objective
+    evaluation: Evaluation
     options: TrainingOptions
     fabric: Any
     module: Any
@@ -94,7 +85,7 @@ class Updater:
         fabric.launch()
         if options.world > 1:
             model.to(fabric.device)
-        objective = Objective(model).train()
+        evaluation = Evaluation(model).train()
         # Loss scaling and the fused step both want to unscale the gradient.
         fused = options.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
@@ -103,10 +94,10 @@ class Updater:
             betas=options.betas,
             fused=fused,
         )
-        module, wrapped = fabric.setup(objective, optimizer, move_to_device=False)
+        module, wrapped = fabric.setup(evaluation, optimizer, move_to_device=False)
         shadow = [p.detach().clone() for p in model.parameters()] if options.average else []
         scaler = None if precision is None else precision.scaler
-        return cls(objective, options, fabric, module, wrapped, scaler, shadow)
+        return cls(evaluation, options, fabric, module, wrapped, scaler, shadow)
 
     def __call__(
         self,
@@ -122,7 +113,7 @@ class Updater:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        terms = self.module(Work(batch, beta, generator))
+        terms = self.module(Work(batch, self.options.objective, beta, generator))
         self.fabric.backward(-terms.value.sum() * weight)
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.options.clip, error_if_nonfinite=False
@@ -170,7 +161,7 @@ class Updater:
         """Draw the average of the weights towards the new ones."""
         if self.shadow:
             decay = min(self.options.average, (1 + self.count) / (10 + self.count))
-            own = [p.detach() for p in self.objective.parameters()]
+            own = [p.detach() for p in self.evaluation.parameters()]
             torch._foreach_lerp_(self.shadow, own, 1 - decay)
         self.count += 1
 
@@ -178,7 +169,7 @@ class Updater:
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
         """Put the averaged weights in place of the last ones for a while."""
-        own = [p.detach().clone() for p in self.objective.parameters()] if self.shadow else []
+        own = [p.detach().clone() for p in self.evaluation.parameters()] if self.shadow else []
         self._put(self.shadow)
         try:
             yield
@@ -187,12 +178,12 @@ class Updater:
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.objective.parameters(), values, strict=bool(values)):
+        for parameter, value in zip(self.evaluation.parameters(), values, strict=bool(values)):
             parameter.copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes into a checkpoint."""
-        found = pack("weights", self.objective.model.state_dict())
+        found = pack("weights", self.evaluation.model.state_dict())
         found |= pack("optimizer", optimizer_tensors(self.optimizer.optimizer))
         found |= pack("average", {str(k): value for k, value in enumerate(self.shadow)})
         if self.scaler is not None:
@@ -202,7 +193,7 @@ class Updater:
 
     def restore(self, tensors: dict[str, Tensor], count: int) -> None:
         """Take up what `tensors` gave, after so many updates."""
-        self.objective.model.load_state_dict(unpack("weights", tensors))
+        self.evaluation.model.load_state_dict(unpack("weights", tensors))
         set_optimizer(self.optimizer.optimizer, unpack("optimizer", tensors))
         for k, value in unpack("average", tensors).items():
             self.shadow[int(k)].copy_(value)
@@ -224,7 +215,6 @@ def _fabric(device: torch.device, options: TrainingOptions) -> tuple[Any, Any]:
     from lightning_fabric.plugins import MixedPrecision
     from lightning_fabric.strategies import DDPStrategy
 
-    options.check_world()
     cuda = device.type == "cuda"
     precision = None
     if options.precision != "32-true":
