@@ -353,8 +353,10 @@ def _save(run: Run) -> None:
     assert run.opts.checkpoint is not None
     tensors = run.updater.tensors() | checkpoints.pack("best", run.best)
     for name, own in _generators(run).items():
-        states = run.updater.fabric.all_gather(own.get_state().to(run.updater.fabric.device))
-        tensors[f"generators/{name}"] = states.reshape(run.opts.world, -1)
+        state = own.get_state().to(run.model.device, torch.int64)
+        states = state.new_zeros(run.opts.world, len(state))
+        states[run.rank] = state
+        tensors[f"generators/{name}"] = run.updater.sum(states).to(torch.uint8)
     if run.rank == 0:
         now = time.monotonic()
         progress = asdict(run.state) | {"seconds": run.state.seconds + now - run.begin}
@@ -374,7 +376,8 @@ def _resume(run: Run) -> None:
     device = run.model.device
     run.best = {k: v.to(device) for k, v in checkpoints.unpack("best", tensors).items()}
     for name, own in _generators(run).items():
-        own.set_state(tensors[f"generators/{name}"][run.rank])
+        # set_state reads from the start of the storage, so it must not be given a view.
+        own.set_state(tensors[f"generators/{name}"][run.rank].clone())
 
 
 def _check_same(stored: dict[str, Any], own: dict[str, Any], path: str) -> None:
