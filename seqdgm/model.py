@@ -50,6 +50,8 @@ class SequenceModel(Description):
         y: Any,
         inputs: Any = None,
         *,
+        valid: Any = None,
+        valid_inputs: Any = None,
         method: str | None = None,
         seed: Seed = None,
         device: str | torch.device | None = None,
@@ -64,6 +66,11 @@ class SequenceModel(Description):
             Data in any form of `Panel.of`; NaN means not observed.
         inputs : array_like, optional
             Known covariates of every step.
+        valid : array_like, optional
+            Other series, that decide when the training of a deep model stops and which weights are
+            kept; default the last tenth of each series of `y`, which is then not learned from.
+        valid_inputs : array_like, optional
+            Known covariates of `valid`.
         method : str, optional
             Learning method; the keys of ``model.learners``. Default: the first of them.
         seed : int or torch.Generator, optional
@@ -90,7 +97,8 @@ class SequenceModel(Description):
         panel = Panel.of(y)
         u = align_inputs(panel, inputs)
         method, learner = find_learner(self, method)
-        check_options(learner, options, type(self).__name__)
+        held = {} if valid is None else {"valid": valid}
+        check_options(learner, options | held, type(self).__name__)
         check_lengths(panel, self.min_length, type(self).__name__)
         generator = make_generator(seed)
         draft = self._blank()
@@ -113,10 +121,10 @@ class SequenceModel(Description):
             batch = make_batch(
                 candidate, panel, u, list(range(panel.n_series)), candidate.transform_
             )
-            report: FitReport = learner(
-                candidate, batch, method=method, generator=generator, progress=progress, **options
-            )
-            return report, batch
+            if valid is not None:
+                held["valid"] = prepare(candidate, valid, valid_inputs)[1]
+            known: dict[str, Any] = {"generator": generator, "progress": progress, **held}
+            return learner(candidate, batch, method=method, **known, **options), batch
 
         power = None
         if self.transform == "boxcox":

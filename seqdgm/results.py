@@ -74,7 +74,8 @@ class FitReport:
     objective : tuple of float
         Objective in nats after each iteration or epoch; larger is better.
     valid_objective : tuple of float
-        The same on the validation part, where one was held out.
+        The same on the validation part, where one was held out (without a weight of the
+        divergence other than 1).
     converged : ndarray of bool, shape (series,)
         Whether the stopping rule was met before the iteration limit (one entry if pooled).
     n_iter : int
@@ -85,6 +86,18 @@ class FitReport:
         Exact log-likelihood at the estimate, where the model has one.
     messages : tuple of str
         What the user should know: failures and the series they concern.
+    valid_epochs : tuple of int
+        Epochs, counted from 1, after which `valid_objective` was taken.
+    best_epoch : int or None
+        Epoch whose weights were kept, where training chooses among epochs.
+    reconstruction, divergence : tuple of float
+        The two parts of a variational objective in each epoch, nats per step: the expected
+        log-likelihood of the observations, and the Kullback-Leibler divergence of the posterior
+        from the prior (without its weight).
+    gradient_norm : tuple of float
+        Mean norm of the gradient, before clipping, in each epoch.
+    learning_rate : tuple of float
+        Step size at the end of each epoch.
     """
 
     method: str
@@ -95,6 +108,18 @@ class FitReport:
     seconds: float
     log_likelihood: Float[Array, "series"] | None = None
     messages: tuple[str, ...] = ()
+    valid_epochs: tuple[int, ...] = ()
+    best_epoch: int | None = None
+    reconstruction: tuple[float, ...] = ()
+    divergence: tuple[float, ...] = ()
+    gradient_norm: tuple[float, ...] = ()
+    learning_rate: tuple[float, ...] = ()
+
+    def plot(self, **options: Any) -> Figure:
+        """Draw the curves of the fit; see `seqdgm.plotting_training.plot_training`."""
+        from seqdgm.plotting_training import plot_training
+
+        return plot_training(self, **options)
 
 
 @dataclass(frozen=True)

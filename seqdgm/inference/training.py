@@ -1,4 +1,19 @@
-"""Gradient learning of deep models: minibatches, early stopping on a tail, guarded updates."""
+"""Gradient learning: minibatches, schedules, early stopping, checkpoints, guarded updates.
+
+On several processes, each has a share of every minibatch and the gradients are averaged by
+`torch.nn.parallel.DistributedDataParallel`. One script serves one process and many::
+
+    # train.py
+    model = sq.DMM(...).fit(y, seed=0, devices=4, device="cuda")
+    if int(os.environ["RANK"]) == 0:
+        model.save("dmm.safetensors")
+
+    torchrun --nproc_per_node=4 train.py
+
+Every process passes the same data and the same seed, and ends with the same model. The gradient is
+that of one process with the same minibatches; the draws of latent states are independent between
+the processes.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +21,111 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
-from seqdgm.inference.objectives import Objective, evaluate
+from seqdgm.inference import checkpoints
+from seqdgm.inference.batching import minibatches, move, split_tail, trim
+from seqdgm.inference.schedules import Plateau, rate_share
+from seqdgm.inference.training_options import TrainingOptions, read_options
+from seqdgm.inference.updates import Outcome, Updater, Work
 from seqdgm.results import FitReport
-from seqdgm.types import Batch, check_count, draw_seed, seeded
+from seqdgm.types import Batch, draw_seed, seeded
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
 
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train.
-
-    Attributes
-    ----------
-    max_epochs : int
-        Passes over the series at most.
-    learning_rate : float
-        Step size of AdamW.
-    weight_decay : float
-    batch_size : int
-        Series in one update.
-    clip : float
-        Largest norm of the gradient.
-    patience : int
-        Epochs without a better validation objective before training stops.
-    valid_fraction : float
-        Share of each series, at its end, that is held out to decide when to stop; 0 trains on
-        everything for `max_epochs`.
-    kl_warmup : int
-        Epochs over which the weight of the divergence rises from 0 to 1.
-    """
-
-    max_epochs: int = 300
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-4
-    batch_size: int = 32
-    clip: float = 5.0
-    patience: int = 60
-    valid_fraction: float = 0.1
-    kl_warmup: int = 40
-
-
-class _Objective(nn.Module):
-    """The negative bound per step as a module, so that Fabric can wrap it."""
-
-    def __init__(self, model: StateSpaceModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, batch: Batch, beta: float, generator: torch.Generator
-    ) -> Float[Tensor, "series time"]:
-        return evaluate(self.model, batch, Objective(), beta, generator).value
+__all__ = ["TrainingOptions", "fit", "warm_up"]
 
 
 @dataclass
-class _Progress:
-    """What training has seen so far."""
+class Curves:
+    """What the report says of each epoch."""
 
-    best: dict[str, Tensor]
+    objective: list[float] = field(default_factory=list)
+    reconstruction: list[float] = field(default_factory=list)
+    divergence: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    valid_objective: list[float] = field(default_factory=list)
+    valid_epochs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """How far training has come; all of it goes into a checkpoint.
+
+    Attributes
+    ----------
+    epoch : int
+        Epochs that are done.
+    position : int
+        Updates of the present epoch that are done.
+    sums : list of float
+        Objective, reconstruction, divergence, steps, gradient norms and their number so far in the
+        present epoch.
+    """
+
+    order_seed: int
+    valid_seed: int
+    epoch: int = 0
+    position: int = 0
+    updates: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 6)
+    curves: Curves = field(default_factory=Curves)
     best_value: float = -math.inf
     best_epoch: int = 0
-    train: tuple[float, ...] = ()
-    valid: tuple[float, ...] = ()
+    plateau: Plateau = field(default_factory=Plateau)
+    seconds: float = 0.0
     message: str = ""
+
+
+@dataclass(frozen=True)
+class Held:
+    """The series that decide when to stop, and the first step of each that counts."""
+
+    batch: Batch
+    begin: Int[Tensor, "series"]
+
+
+@dataclass
+class Run:
+    """One training run."""
+
+    updater: Updater
+    opts: TrainingOptions
+    head: Batch
+    held: Held | None
+    generator: torch.Generator
+    state: Progress
+    best: dict[str, Tensor]
+    identity: dict[str, Any]
+    begin: float
+    saved: float
+
+    @property
+    def model(self) -> StateSpaceModel:
+        """What is trained."""
+        return self.updater.evaluation.model
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return int(self.updater.fabric.global_rank)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        state, opts = self.state, self.opts
+        waited = state.epoch - 1 - max(state.best_epoch, opts.kl_warmup)
+        tired = self.held is not None and waited >= opts.patience
+        return bool(state.message) or state.epoch >= opts.max_epochs or tired
 
 
 def fit(
@@ -89,49 +135,64 @@ def fit(
     method: str,
     generator: torch.Generator,
     progress: bool,
+    valid: Batch | None = None,
     **options: Any,
 ) -> FitReport:
     """Maximise the evidence lower bound (the likelihood itself for a model without latent states).
 
-    The objectives of the report are in nats per step, in model units. The weights of the best
-    validation epoch are kept. An update whose loss or gradient is not finite is never applied: the
-    training stops there, keeps the best weights and names the series in the report.
+    The objectives of the report are in nats per step, in model units. Every step of the data weighs
+    the same, however the series are divided into minibatches. The weights of the best validation
+    epoch are kept. An update whose loss or gradient is not finite is never applied: the training
+    stops there, keeps the best weights and names the series in the report.
+
+    Parameters
+    ----------
+    model : StateSpaceModel
+        With its weights in place; trained there.
+    batch : Batch
+    method : str
+        Name for the report.
+    generator : torch.Generator
+    progress : bool
+        Show a bar on standard error.
+    valid : Batch, optional
+        Series that decide when to stop, in place of the tail of each series of `batch`.
+    **options
+        See `TrainingOptions`.
 
     Raises
     ------
     ValueError
-        For an unknown option, or if not even the first epoch gave a finite objective.
+        For an unknown option, a checkpoint of another run, or if not even the first epoch gave a
+        finite objective.
     """
-    opts = _options(model, options)
-    for name in ("max_epochs", "batch_size", "patience"):
-        check_count(name, getattr(opts, name))
-    if opts.learning_rate <= 0 or opts.clip <= 0:
-        raise ValueError(
-            f"learning_rate={opts.learning_rate!r} and clip={opts.clip!r} must be positive"
-        )
-    begin = time.perf_counter()
-    head, cut = _split(batch, opts.valid_fraction)
-    rng = torch.Generator(device=batch.x.device).manual_seed(draw_seed(generator))
-    objective = _Objective(model).train()
-    state = _Progress(best=_snapshot(model))
-    with seeded(generator):
-        epochs = _train(objective, batch, head, cut, opts, rng, state)
-        for _ in _shown(epochs, opts.max_epochs) if progress else epochs:
-            pass
-    if not math.isfinite(state.best_value):
-        raise ValueError(state.message or "training gave no finite objective")
-    model.load_state_dict(state.best)
+    opts = read_options(model, method, options)
+    opts.check_machine(model.device.type)
+    begin = time.monotonic()
+    updater = Updater.of(model, opts)
+    batch = move(batch, model.device)
+    valid = None if valid is None else move(valid, model.device)
+    state = Progress(draw_seed(generator), draw_seed(generator))
+    noise = torch.Generator(device=model.device)
+    noise.manual_seed(draw_seed(generator) + updater.fabric.global_rank)
+    identity = {"model": _described(model), "method": method, "options": opts.bound()}
+    if opts.checkpoint is not None or opts.resume is not None:
+        identity["data"] = checkpoints.fingerprint(batch, valid)
+    head, held = _hold_out(batch, valid, opts)
+    run = Run(updater, opts, head, held, noise, state, _snapshot(model), identity, begin, begin)
+    with seeded(noise):
+        if opts.resume is not None:
+            _resume(run)
+        for _ in _shown(run) if progress and updater.fabric.global_rank == 0 else _train(run):
+            if opts.on_epoch is not None:
+                opts.on_epoch(_report(run))
+        if opts.checkpoint is not None:
+            _save(run)
+    if not math.isfinite(run.state.best_value):
+        raise ValueError(run.state.message or "training gave no finite objective")
+    model.load_state_dict(run.best)
     model.eval()
-    stopped = not state.message and len(state.train) < opts.max_epochs
-    return FitReport(
-        method=method,
-        objective=state.train,
-        valid_objective=state.valid,
-        converged=np.array([stopped]),
-        n_iter=len(state.train),
-        seconds=time.perf_counter() - begin,
-        messages=(state.message,) if state.message else (),
-    )
+    return _report(run)
 
 
 def warm_up() -> None:
@@ -139,138 +200,222 @@ def warm_up() -> None:
     import_module("lightning_fabric")
 
 
-def _train(
-    objective: _Objective,
-    batch: Batch,
-    head: Batch,
-    cut: Int[Tensor, "series"],
-    opts: TrainingOptions,
-    rng: torch.Generator,
-    state: _Progress,
-) -> Iterator[int]:
-    """Run the epochs, one at each step of the iterator."""
-    from lightning_fabric import Fabric
+def _hold_out(
+    batch: Batch, valid: Batch | None, opts: TrainingOptions
+) -> tuple[Batch, Held | None]:
+    if valid is not None:
+        if valid.u.shape[2] != batch.u.shape[2]:
+            raise ValueError(
+                f"the validation series have {valid.u.shape[2]} input columns, the others "
+                f"{batch.u.shape[2]}; pass valid_inputs= with the columns of inputs="
+            )
+        return batch, Held(valid, torch.zeros_like(valid.lengths))
+    head, cut = split_tail(batch, opts.valid_fraction)
+    t = torch.arange(batch.n_steps, device=cut.device)
+    tail = batch.mask.any(-1) & (t[None] >= cut[:, None])
+    return head, Held(batch, cut) if bool(tail.any()) else None
 
-    device = batch.x.device
-    fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)
-    optimizer = torch.optim.AdamW(
-        objective.parameters(), lr=opts.learning_rate, weight_decay=opts.weight_decay
-    )
-    wrapped, optimizer = fabric.setup(objective, optimizer, move_to_device=False)
-    seed = draw_seed(rng)
-    for epoch in range(opts.max_epochs):
-        beta = min(1.0, (epoch + 1) / opts.kl_warmup) if opts.kl_warmup else 1.0
-        total, count = 0.0, 0
-        order = torch.randperm(head.n_series, generator=rng, device=device)
-        for rows in order.split(opts.batch_size):
-            part = _trim(head.take(rows))
-            terms = wrapped(part, beta, rng)
-            steps = part.valid.sum()
-            loss = -terms.sum() / steps
-            if not _apply(fabric, wrapped, optimizer, loss, opts.clip):
-                state.message = _blame(part, terms, epoch)
-                return
-            total, count = total + float(terms.detach().sum()), count + int(steps)
-        state.train += (total / count,)
-        _validate(objective, batch, cut, seed, state, epoch)
-        yield epoch
-        waited = epoch - max(state.best_epoch, opts.kl_warmup)
-        if opts.valid_fraction and waited >= opts.patience:
+
+def _train(run: Run) -> Iterator[int]:
+    """Run the epochs that are left, one at each step of the iterator."""
+    while not run.done:
+        if not _epoch(run):
             return
+        _close_epoch(run)
+        yield run.state.epoch
 
 
-def _apply(fabric: Any, module: Any, optimizer: Any, loss: Tensor, clip: float) -> bool:
-    """One update; False, and nothing changed, if the loss or the gradient is not finite."""
-    if not bool(torch.isfinite(loss)):
-        return False
-    optimizer.zero_grad()
-    fabric.backward(loss)
-    norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
-    if not bool(torch.isfinite(norm)):
-        return False
-    optimizer.step()
+def _epoch(run: Run) -> bool:
+    """Make the updates that are left of an epoch; False where one was not finite."""
+    state, opts = run.state, run.opts
+    lengths = run.head.lengths.cpu().numpy()
+    # A generator of the epoch's own: a resumed run need not repeat the epochs before.
+    order = torch.Generator().manual_seed(state.order_seed + state.epoch)
+    parts = minibatches(lengths, opts.batch_size, opts.padding, order)
+    weight = len(parts) / lengths.sum()
+    beta = min(1.0, (state.epoch + 1) / opts.kl_warmup) if opts.kl_warmup else 1.0
+    for k in range(state.position, len(parts)):
+        rate = _rate(run, k, len(parts))
+        outcome = _share(run, parts[k], weight, beta, rate)
+        if outcome.fault:
+            state.message = (
+                f"epoch {state.epoch}: {outcome.fault}; the update was not applied and training "
+                "stopped there. Scale the data or lower learning_rate"
+            )
+            return False
+        norm = (outcome.norm, 1.0) if math.isfinite(outcome.norm) else (0.0, 0.0)
+        added = (*outcome.totals, *norm)
+        state.sums = [a + b for a, b in zip(state.sums, added, strict=True)]
+        state.position, state.updates = k + 1, state.updates + 1
+        if outcome.due:
+            _save(run)
+    state.curves.learning_rate.append(_rate(run, len(parts) - 1, len(parts)))
     return True
 
 
-@torch.no_grad()
-def _validate(
-    objective: _Objective,
-    batch: Batch,
-    cut: Int[Tensor, "series"],
-    seed: int,
-    state: _Progress,
-    epoch: int,
-) -> None:
-    """Score the held-out tail and remember the best weights (the last ones without a tail)."""
-    t = torch.arange(batch.n_steps, device=batch.x.device)
-    tail = batch.mask.any(-1) & (t[None] >= cut[:, None])
-    if bool(tail.any()):
-        objective.eval()
-        # The same noise at every epoch, so that epochs differ by their weights alone.
-        rng = torch.Generator(device=batch.x.device).manual_seed(seed)
-        terms = objective(batch, 1.0, rng)
-        objective.train()
-        value = float(terms[tail].double().mean())
-        state.valid += (value,)
-        better = value > state.best_value
-    else:
-        value, better = state.train[-1], True
-    if math.isfinite(value) and better:
-        state.best_value, state.best_epoch = value, epoch
-        state.best = _snapshot(objective.model)
-
-
-def _options(model: StateSpaceModel, options: dict[str, Any]) -> TrainingOptions:
-    known = {f.name for f in fields(TrainingOptions)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(f"unknown training options {unknown}; choose from {sorted(known)}")
-    own = {name: value for name, value in model.get_params().items() if name in known}
-    return replace(TrainingOptions(), **{**own, **options})
-
-
-def _split(batch: Batch, fraction: float) -> tuple[Batch, Int[Tensor, "series"]]:
-    """Cut the tail of every series off for validation (series of under ten steps stay whole)."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"valid_fraction={fraction!r} must lie in [0, 1)")
-    t = torch.arange(batch.n_steps, device=batch.x.device)
-    # Counted from the last observation: a tail without any would decide by nothing.
-    last = (batch.mask.any(-1) * (t + 1)).amax(1)
-    held = torch.where(
-        batch.lengths >= 10,
-        (batch.lengths * fraction).ceil().long(),
-        torch.zeros_like(batch.lengths),
+def _share(
+    run: Run, rows: Int[np.ndarray, "chosen"], weight: float, beta: float, rate: float
+) -> Outcome:
+    """One update by this process's share of a minibatch."""
+    world, rank = run.opts.world, run.rank
+    own = rows[rank::world]
+    # A process that is left without a series goes along with one that counts for nothing.
+    factor = weight * world if len(own) else 0.0
+    chosen = torch.from_numpy(own if len(own) else rows[:1]).to(run.head.x.device)
+    due = run.opts.checkpoint is not None and (
+        time.monotonic() - run.saved >= 60 * run.opts.checkpoint_minutes
     )
-    cut = (last - held).clamp_min(1)
-    inside = torch.arange(batch.n_steps, device=cut.device)[None] < cut[:, None]
-    head = replace(batch, mask=batch.mask & inside[..., None], lengths=cut)
-    return _trim(head), cut
+    return run.updater(
+        trim(run.head.take(chosen)),
+        weight=factor,
+        beta=beta,
+        rate=rate,
+        generator=run.generator,
+        due=due and rank == 0,
+    )
 
 
-def _trim(batch: Batch) -> Batch:
-    """Drop the padding beyond the longest series."""
-    steps = int(batch.lengths.max())
-    return replace(batch, x=batch.x[:, :steps], mask=batch.mask[:, :steps])
+def _rate(run: Run, k: int, count: int) -> float:
+    opts, state = run.opts, run.state
+    share = rate_share(
+        opts.schedule,
+        state.epoch * count + k,
+        opts.max_epochs * count,
+        int(opts.lr_warmup * count),
+        opts.lr_floor,
+        state.plateau.share,
+    )
+    return opts.learning_rate * share
 
 
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+def _close_epoch(run: Run) -> None:
+    """Write down the epoch, validate, and remember the best weights (the last without a tail)."""
+    state, opts, curves = run.state, run.opts, run.state.curves
+    *totals, steps, norms, updates = state.sums
+    for name, total in zip(("objective", "reconstruction", "divergence"), totals, strict=True):
+        getattr(curves, name).append(total / steps)
+    curves.gradient_norm.append(norms / updates if updates else math.nan)
+    state.epoch, state.position, state.sums = state.epoch + 1, 0, [0.0] * 6
+    if state.epoch % opts.evaluate_every and state.epoch < opts.max_epochs:
+        return
+    with run.updater.averaged():
+        value, better = curves.objective[-1], True
+        if run.held is not None:
+            value = _validate(run, run.held)
+            curves.valid_objective.append(value)
+            curves.valid_epochs.append(state.epoch)
+            better = value > state.best_value
+        state.plateau = state.plateau.after(value, opts.plateau_patience, opts.plateau_factor)
+        if math.isfinite(value) and better:
+            state.best_value, state.best_epoch = value, state.epoch - 1
+            run.best = _snapshot(run.model)
+
+
+@torch.no_grad()
+def _validate(run: Run, held: Held) -> float:
+    """Objective per observed step of what was held out, in the model's own precision."""
+    module, device = run.updater.evaluation.eval(), held.batch.x.device
+    world, rank = run.opts.world, run.rank
+    # The bound itself, whatever is added to it or taken from it to learn better.
+    target = replace(run.opts.objective, free_bits=0.0)
+    # The same noise at every epoch, so that epochs differ by their weights alone.
+    noise = torch.Generator(device=device).manual_seed(run.state.valid_seed + rank)
+    order = torch.argsort(held.batch.lengths, stable=True)[rank::world]
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for rows in order.split(run.opts.batch_size):
+        part = trim(held.batch.take(rows))
+        t = torch.arange(part.n_steps, device=device)
+        counted = part.mask.any(-1) & (t[None] >= held.begin[rows, None]) & part.valid
+        terms = module(Work(part, target, 1.0, noise))
+        value = terms.reconstruction - terms.divergence
+        sums += torch.stack([value[counted].double().sum(), counted.sum()])
+    module.train()
+    total, steps = run.updater.sum(sums).tolist()
+    return float(total / steps)
+
+
+def _report(run: Run) -> FitReport:
+    state = run.state
+    stopped = run.done and not state.message and state.epoch < run.opts.max_epochs
+    return FitReport(
+        method=run.identity["method"],
+        converged=np.array([stopped]),
+        n_iter=state.epoch,
+        seconds=state.seconds + time.monotonic() - run.begin,
+        messages=(state.message,) if state.message else (),
+        best_epoch=state.best_epoch + 1,
+        **{name: tuple(values) for name, values in vars(state.curves).items()},
+    )
+
+
+def _save(run: Run) -> None:
+    """Write a checkpoint; every process takes part with its random generators."""
+    assert run.opts.checkpoint is not None
+    tensors = run.updater.tensors() | checkpoints.pack("best", run.best)
+    for name, own in _generators(run).items():
+        state = own.get_state().to(run.model.device, torch.int64)
+        states = state.new_zeros(run.opts.world, len(state))
+        states[run.rank] = state
+        tensors[f"generators/{name}"] = run.updater.sum(states).to(torch.uint8)
+    if run.rank == 0:
+        now = time.monotonic()
+        progress = asdict(run.state) | {"seconds": run.state.seconds + now - run.begin}
+        checkpoints.write(run.opts.checkpoint, {"run": run.identity, "progress": progress}, tensors)
+    run.saved = time.monotonic()
+
+
+def _resume(run: Run) -> None:
+    assert run.opts.resume is not None
+    config, tensors = checkpoints.read(run.opts.resume)
+    _check_same(config["run"], run.identity, str(run.opts.resume))
+    stored = dict(config["progress"])
+    stored["curves"] = Curves(**stored["curves"])
+    stored["plateau"] = Plateau(*stored["plateau"])
+    run.state = Progress(**stored)
+    run.updater.restore(tensors, run.state.updates)
+    device = run.model.device
+    run.best = {k: v.to(device) for k, v in checkpoints.unpack("best", tensors).items()}
+    for name, own in _generators(run).items():
+        # set_state reads from the start of the storage, so it must not be given a view.
+        own.set_state(tensors[f"generators/{name}"][run.rank].clone())
+
+
+def _check_same(stored: dict[str, Any], own: dict[str, Any], path: str) -> None:
+    pairs = [(name, stored[name], own[name]) for name in ("model", "method")]
+    pairs += [(name, stored["options"].get(name), v) for name, v in own["options"].items()]
+    for name, there, here in pairs:
+        if there != here:
+            raise ValueError(
+                f"{path} was written by a run with {name}={there!r}, not {here!r}; pass what that "
+                "run was given, or train anew"
+            )
+    if stored["data"] != own["data"]:
+        raise ValueError(f"{path} was written by a run on other data; pass the same, or train anew")
+
+
+def _generators(run: Run) -> dict[str, torch.Generator]:
+    """Whatever is drawn from during training."""
+    found = {"noise": run.generator, "cpu": torch.default_generator}
+    device = run.generator.device
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.default_generators[device.index or 0]
+    return found
+
+
+def _described(model: StateSpaceModel) -> str:
+    """Class and hyperparameters, without those that say how to train."""
+    training = {f.name for f in fields(TrainingOptions)}
+    own = {k: v for k, v in model.get_params().items() if k not in training}
+    return f"{type(model).__name__}({', '.join(f'{k}={v!r}' for k, v in own.items())})"
+
+
+def _snapshot(model: StateSpaceModel) -> dict[str, Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
-def _blame(batch: Batch, terms: Tensor, epoch: int) -> str:
-    bad = torch.nonzero(~torch.isfinite(terms.sum(1)))
-    if len(bad):
-        where = f"series {batch.ids[int(bad[0, 0])]!r} gave a loss that is not finite"
-    else:
-        where = "the gradient was not finite"
-    return (
-        f"epoch {epoch}: {where}; the update was not applied and training stopped there. "
-        "Scale the data or lower learning_rate"
-    )
-
-
-def _shown(epochs: Iterator[int], total: int) -> Iterator[int]:
+def _shown(run: Run) -> Iterator[int]:
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(epochs, description="training", total=total, console=Console(stderr=True))
+    left = run.opts.max_epochs - run.state.epoch
+    yield from track(_train(run), description="training", total=left, console=Console(stderr=True))
