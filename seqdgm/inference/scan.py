@@ -29,8 +29,9 @@ class Trace(NamedTuple):
     h, z, s : state trees; `h` starts at step `first`
     first : int
         1 where the first state has a law of its own and no memory before it, else 0.
-    proposals : list of Distribution
-        What z was drawn from at each step; empty without latent states.
+    proposals : list of Distribution, or Distribution
+        What z was drawn from, at each step or (of a model that unrolls itself) at all of them;
+        empty without latent states.
     context : Tensor or None
         Encoded data that the proposals read.
     x : Tensor or None
@@ -41,9 +42,15 @@ class Trace(NamedTuple):
     z: Tensor | None
     s: Any
     first: int
-    proposals: list[Distribution]
+    proposals: list[Distribution] | Distribution
     context: Tensor | None = None
     x: Tensor | None = None
+
+    def proposal(self, steps: slice) -> Distribution:
+        """What z was drawn from at some steps; all of them, where the model unrolled itself."""
+        if isinstance(self.proposals, list):
+            return dist.stack(self.proposals[steps], 1)
+        return self.proposals
 
 
 def scan(
@@ -96,6 +103,23 @@ def previous(batch: Batch) -> Tensor:
     return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
 
 
+def _unrolled(
+    model: StateSpaceModel,
+    batch: Batch,
+    generator: torch.Generator,
+    given: tuple[Any, Tensor | None, Tensor, Inputs],
+) -> Trace | None:
+    """The trace of a model that unrolls itself, out of its state, embedding, context and inputs."""
+    # Autocasting works operation by operation, which there are none of.
+    if torch.is_autocast_enabled(batch.x.device.type):
+        return None
+    found = model.unroll(*given, batch.lengths, generator)
+    if found is None:
+        return None
+    s = model.absorb(found.h, found.z)
+    return Trace(found.h, found.z, s, 0, found.proposal, given[2])
+
+
 def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
     context = model.encode(batch)
     embedded = model.embed(previous(batch)) if model.feedback and batch.complete else None
@@ -107,8 +131,12 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
     n = batch.n_series
     s = model.start((n,))
     x = torch.zeros_like(batch.x[:, 0])
-    hs, zs, ss, xs, proposals = [], [], [], [], []
     known = batch.inputs_all()
+    if context is not None and (embedded is not None or not model.feedback):
+        whole = _unrolled(model, batch, generator, (s, embedded, context, known))
+        if whole is not None:
+            return whole
+    hs, zs, ss, xs, proposals = [], [], [], [], []
     steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
     summaries = None if context is None else context.unbind(1)
     for t, u in enumerate(Inputs(*step) for step in steps):
