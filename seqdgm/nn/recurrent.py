@@ -30,8 +30,9 @@ class RecurrentCell(nn.Module):
     r"""Recurrent network of one or more layers, with one set of weights for two ways of running it.
 
     :meth:`run` is one fused loop over (series, time); :meth:`step` is one step for any leading
-    batch shape (series, particles, ...). Both give the same numbers. The equations are those of `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997) and `torch.nn.GRU` (Cho et al.,
-    2014). The state before the first step is learned and starts at 0.
+    batch shape (series, particles, ...). Both give the same numbers. The equations are those of
+    `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997) and `torch.nn.GRU` (Cho et al., 2014). The
+    state before the first step is learned and starts at 0.
 
     Parameters
     ----------
