@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 
 from seqdgm.model import SequenceModel
 from seqdgm.nn import distributions
-from seqdgm.types import Batch, Inputs
+from seqdgm.types import Batch, Inputs, Unrolled
 
 if TYPE_CHECKING:
     from seqdgm.kernels.particles_types import Volatility
@@ -164,6 +164,33 @@ class StateSpaceModel(SequenceModel):
 
         `h` and `z` lie along a path drawn from the proposal and `c` is the encoded data, each with
         axes (..., time, features). Likelihoods never contain it.
+        """
+        return None
+
+    def unroll(
+        self,
+        s: Any,
+        x: Tensor | None,
+        c: Tensor,
+        u: Inputs,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> Unrolled | None:
+        """All proposals and draws in one hand-fused call; None (the default): one by one.
+
+        Parameters
+        ----------
+        s : state tree
+            State before the first step.
+        x : Tensor of shape (series, time, features), or None
+            Embedded previous observations, where `advance` reads them.
+        c : Tensor of shape (series, time, context)
+            Encoded data.
+        u : Inputs
+            Of all steps.
+        lengths : Tensor of int, shape (series,)
+            Number of steps of each series, beyond which nothing need be computed.
+        generator : torch.Generator
         """
         return None
 

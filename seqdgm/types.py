@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributions import Distribution
 
 from seqdgm.panel import Panel
 from seqdgm.transform import Transform
@@ -210,6 +211,17 @@ class Samples:
             )
         order = torch.randperm(self.x.shape[1], generator=generator, device=generator.device)
         return transform.inverse(self.x[:, order[:n]].double())
+
+
+class Unrolled(NamedTuple):
+    """Memories, states and their proposals of all steps; leading axes (series, time).
+
+    Beyond a series' end there is anything finite.
+    """
+
+    h: Any
+    z: Float[Tensor, "series time state"]
+    proposal: Distribution
 
 
 class Prediction(NamedTuple):

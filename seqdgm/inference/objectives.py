@@ -200,8 +200,7 @@ def along(model: StateSpaceModel, batch: Batch, trace: Trace, *, closed: bool = 
         return Path(reconstruction, torch.zeros_like(reconstruction))
     parts = []
     for steps, prior in prior_over_time(model, batch, trace):
-        proposal = dist.stack(trace.proposals[steps], 1)
-        parts.append(_divergence(proposal, prior, trace.z[:, steps], closed))
+        parts.append(_divergence(trace.proposal(steps), prior, trace.z[:, steps], closed))
     return Path(reconstruction, torch.where(valid, torch.cat(parts, 1), 0.0))
 
 

@@ -30,8 +30,9 @@ class Trace(NamedTuple):
     h, z, s : state trees; `h` starts at step `first`
     first : int
         1 where the first state has a law of its own and no memory before it, else 0.
-    proposals : list of Distribution
-        What z was drawn from at each step; empty without latent states.
+    proposals : list of Distribution, or Distribution
+        What z was drawn from, at each step or (of a model that unrolls itself) at all of them;
+        empty without latent states.
     context : Tensor or None
         Encoded data that the proposals read.
     x : Tensor or None
@@ -42,9 +43,15 @@ class Trace(NamedTuple):
     z: Tensor | None
     s: Any
     first: int
-    proposals: list[Distribution]
+    proposals: list[Distribution] | Distribution
     context: Tensor | None = None
     x: Tensor | None = None
+
+    def proposal(self, steps: slice) -> Distribution:
+        """What z was drawn from at some steps; all of them, where the model unrolled itself."""
+        if isinstance(self.proposals, list):
+            return dist.stack(self.proposals[steps], 1)
+        return self.proposals
 
 
 def scan(
@@ -106,6 +113,23 @@ def fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
     return model.embed(previous(batch)) if backbone is None else backbone
 
 
+def _unrolled(
+    model: StateSpaceModel,
+    batch: Batch,
+    generator: torch.Generator,
+    given: tuple[Any, Tensor | None, Tensor, Inputs],
+) -> Trace | None:
+    """The trace of a model that unrolls itself, out of its state, embedding, context and inputs."""
+    # Autocasting works operation by operation, which there are none of.
+    if torch.is_autocast_enabled(batch.x.device.type):
+        return None
+    found = model.unroll(*given, batch.lengths, generator)
+    if found is None:
+        return None
+    s = model.absorb(found.h, found.z)
+    return Trace(found.h, found.z, s, 0, found.proposal, given[2])
+
+
 def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
     context = model.encode(batch)
     over_time = fed(model, batch, context)
@@ -118,8 +142,12 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
     n = batch.n_series
     s = model.start((n,))
     x = torch.zeros_like(batch.x[:, 0])
-    hs, zs, ss, xs, proposals = [], [], [], [], []
     known = batch.inputs_all()
+    if context is not None and (over_time is not None or not model.feedback):
+        whole = _unrolled(model, batch, generator, (s, over_time, context, known))
+        if whole is not None:
+            return whole
+    hs, zs, ss, xs, proposals = [], [], [], [], []
     steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
     summaries = None if context is None else context.unbind(1)
     for t, u in enumerate(Inputs(*step) for step in steps):

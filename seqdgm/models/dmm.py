@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn import GatedTransition, GaussianProposal, SmoothingEncoder
-from seqdgm.types import Batch, Inputs
+from seqdgm.nn.recurrent import Kind
+from seqdgm.types import Batch, Inputs, Unrolled
 
 
 class DMM(DeepModel):
@@ -36,6 +37,8 @@ class DMM(DeepModel):
         Units of the transition's and the emission's hidden layers.
     encoder_dim : int
         Units of the inference network.
+    encoder_cell : {"gru", "lstm", "tanh", "relu"}
+        Its recurrent cell; the last two are simple networks with that activation.
     emission : str
         Observation model; see `RNN`.
     season : int, optional
@@ -72,6 +75,7 @@ class DMM(DeepModel):
         encoder_dim: int = 32,
         emission: str = "gaussian",
         *,
+        encoder_cell: Kind = "gru",
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -84,6 +88,7 @@ class DMM(DeepModel):
     ) -> None:
         super().__init__()
         self.latent_dim, self.hidden_dim, self.encoder_dim = latent_dim, hidden_dim, encoder_dim
+        self.encoder_cell: Kind = encoder_cell
         self.set_common(
             emission,
             season,
@@ -105,7 +110,11 @@ class DMM(DeepModel):
         self.features = two_layers(self.latent_dim + known_dim, self.hidden_dim)
         self.head = self.make_head(self.hidden_dim, obs_dim, **options)
         self.encoder = SmoothingEncoder(
-            self.head.encoded_dim, self.encoder_dim, mask_dim=obs_dim, inputs_dim=known_dim
+            self.head.encoded_dim,
+            self.encoder_dim,
+            self.encoder_cell,
+            mask_dim=obs_dim,
+            inputs_dim=known_dim,
         )
         self.combiner = GaussianProposal(
             self.latent_dim, self.encoder.context_dim, self.encoder_dim
@@ -133,3 +142,16 @@ class DMM(DeepModel):
     def proposal(self, h: Float[Tensor, "*batch state"], c: Tensor, u: Inputs) -> Distribution:
         """Combine the previous state with the summary."""
         return self.combiner(c, h)
+
+    def unroll(
+        self,
+        s: Float[Tensor, "series state"],
+        x: Tensor | None,
+        c: Tensor,
+        u: Inputs,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> Unrolled:
+        """All steps of the combiner at once."""
+        proposal, z = self.combiner.unroll(c, s, lengths, generator)
+        return Unrolled(torch.cat([s[:, None], z[:, :-1]], 1), z, proposal)

@@ -7,30 +7,20 @@ never read.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
-from seqdgm.nn.recurrent import RecurrentCell
+from seqdgm.nn.fused_combiner import Weights, combine
+from seqdgm.nn.ragged import Ragged
+from seqdgm.nn.recurrent import Kind, RecurrentCell
 
 
 def _valid(lengths: Int[Tensor, "series"], n_steps: int) -> Bool[Tensor, "series time 1"]:
     t = torch.arange(n_steps, device=lengths.device)
     return (t < lengths[:, None])[..., None]
-
-
-def _reverse(
-    x: Float[Tensor, "series time dim"], lengths: Int[Tensor, "series"]
-) -> Float[Tensor, "series time dim"]:
-    """Each series backwards within its own length; its own inverse."""
-    t = torch.arange(x.shape[1], device=x.device)
-    back = lengths[:, None] - 1 - t
-    place = torch.where(back >= 0, back, t)
-    return x.gather(1, place[..., None].expand_as(x))
 
 
 class Encoder(nn.Module):
@@ -130,7 +120,7 @@ class FilteringEncoder(Encoder):
         self,
         input_dim: int,
         hidden_dim: int,
-        kind: Literal["lstm", "gru"] = "gru",
+        kind: Kind = "gru",
         *,
         layers: int = 1,
         mask_dim: int | None = None,
@@ -141,7 +131,7 @@ class FilteringEncoder(Encoder):
         self.context_dim = hidden_dim
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
-        return self.cell.run(read)
+        return self.cell.run(read, lengths=lengths)
 
 
 class SmoothingEncoder(FilteringEncoder):
@@ -160,7 +150,7 @@ class SmoothingEncoder(FilteringEncoder):
     """
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
-        return _reverse(self.cell.run(_reverse(read, lengths)), lengths)
+        return self.cell.run(read, lengths=lengths, backwards=True)
 
 
 class BidirectionalEncoder(Encoder):
@@ -180,7 +170,7 @@ class BidirectionalEncoder(Encoder):
         self,
         input_dim: int,
         hidden_dim: int,
-        kind: Literal["lstm", "gru"] = "gru",
+        kind: Kind = "gru",
         *,
         layers: int = 1,
         mask_dim: int | None = None,
@@ -192,8 +182,8 @@ class BidirectionalEncoder(Encoder):
         self.context_dim = 2 * hidden_dim
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
-        back = _reverse(self.back.run(_reverse(read, lengths)), lengths)
-        return torch.cat([self.ahead.run(read), back], -1)
+        back = self.back.run(read, lengths=lengths, backwards=True)
+        return torch.cat([self.ahead.run(read, lengths=lengths), back], -1)
 
 
 class MeanFieldEncoder(Encoder):
@@ -304,3 +294,36 @@ class GaussianProposal(nn.Module):
         loc, raw_scale = self.out(hidden).chunk(2, -1)
         # A non-finite parameter is the training loop's to report, with the series that caused it.
         return Normal(loc, F.softplus(raw_scale) + self.min_scale, validate_args=False)
+
+    def unroll(
+        self,
+        context: Float[Tensor, "series time context"],
+        first: Float[Tensor, "series state"],
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> tuple[Normal, Float[Tensor, "series time latent"]]:
+        """Proposals of all steps and draws from them, each given the draw before.
+
+        The same numbers as calls of the module step by step, in one hand-fused loop
+        (`seqdgm.nn.fused_combiner`). Beyond a series' end the proposal is standard normal and the
+        draw 0.
+
+        Parameters
+        ----------
+        context : Tensor of shape (series, time, context)
+            Summaries.
+        first : Tensor of shape (series, state)
+            Draw before the first step.
+        lengths : Tensor of int, shape (series,)
+            Number of steps of each series.
+        generator : torch.Generator
+        """
+        ragged = Ragged.of(lengths, context.shape[1])
+        c = self.context(ragged.pack(context))
+        noise = torch.randn(
+            (len(c), first.shape[-1]), generator=generator, dtype=c.dtype, device=c.device
+        )
+        weights = Weights(self.state.weight, self.state.bias, self.out.weight, self.out.bias)
+        path = combine(c, first[ragged.order], noise, weights, ragged, self.min_scale)
+        loc, scale = ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0)
+        return Normal(loc, scale, validate_args=False), ragged.unpack(path.z)

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from seqdgm.nn.fused_recurrence import recur
+from seqdgm.nn.ragged import Ragged
 
 State = tuple[Tensor, ...]
+Kind = Literal["lstm", "gru", "tanh", "relu"]
+
+KINDS: dict[str, Callable[..., nn.RNNBase]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "tanh": partial(nn.RNN, nonlinearity="tanh"),
+    "relu": partial(nn.RNN, nonlinearity="relu"),
+}
+_CELLS = {"gru": torch.gru_cell, "tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
 
 class RecurrentCell(nn.Module):
-    r"""LSTM or GRU of one or more layers, with one set of weights for two ways of running it.
+    r"""Recurrent network of one or more layers, with one set of weights for two ways of running it.
 
-    :meth:`run` is torch's fused kernel over (series, time); :meth:`step` is one step for any
-    leading batch shape (series, particles, ...). Both give the same numbers. The equations are
-    those of `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997) and `torch.nn.GRU` (Cho et al.,
-    2014). The state before the first step is learned and starts at 0.
+    :meth:`run` is one fused loop over (series, time); :meth:`step` is one step for any leading
+    batch shape (series, particles, ...). Both give the same numbers. The equations are those of
+    `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997) and `torch.nn.GRU` (Cho et al., 2014). The
+    state before the first step is learned and starts at 0.
 
     Parameters
     ----------
-    kind : {"lstm", "gru"}
+    kind : {"lstm", "gru", "tanh", "relu"}
+        The last two are simple networks with that activation (`torch.nn.RNN`).
     input_dim, hidden_dim : int
         Length of the input and of each layer's output.
     layers : int
@@ -38,21 +53,19 @@ class RecurrentCell(nn.Module):
 
     def __init__(
         self,
-        kind: Literal["lstm", "gru"],
+        kind: Kind,
         input_dim: int,
         hidden_dim: int,
         layers: int = 1,
     ) -> None:
         super().__init__()
-        if kind not in ("lstm", "gru"):
-            raise ValueError(f"unknown recurrent cell {kind!r}; choose 'lstm' or 'gru'")
+        if kind not in KINDS:
+            raise ValueError(f"unknown recurrent cell {kind!r}; choose one of {list(KINDS)}")
         self.kind = kind
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.layers = layers
-        self.rnn: nn.LSTM | nn.GRU = (nn.LSTM if kind == "lstm" else nn.GRU)(
-            input_dim, hidden_dim, layers, batch_first=True
-        )
+        self.rnn: nn.RNNBase = KINDS[kind](input_dim, hidden_dim, layers, batch_first=True)
         n_parts = 2 if kind == "lstm" else 1
         self.start = nn.Parameter(torch.zeros(n_parts, layers, hidden_dim))
 
@@ -82,7 +95,7 @@ class RecurrentCell(nn.Module):
             if self.kind == "lstm":
                 after = torch.lstm_cell(below, before, *weights)
             else:
-                after = (torch.gru_cell(below, *before, *weights),)
+                after = (_CELLS[self.kind](below, *before, *weights),)
             below = after[0]
             parts.append(after)
         shape = (*batch, 1, self.hidden_dim)
@@ -94,11 +107,53 @@ class RecurrentCell(nn.Module):
         )
 
     def run(
-        self, x: Float[Tensor, "series time input"], state: State | None = None
+        self,
+        x: Float[Tensor, "series time input"],
+        state: State | None = None,
+        *,
+        lengths: Int[Tensor, "series"] | None = None,
+        backwards: bool = False,
     ) -> Float[Tensor, "series time hidden"]:
-        """Outputs of the top layer after each step, from `state` or the learned start."""
+        """Outputs of the top layer after each step, from `state` or the learned start.
+
+        Parameters
+        ----------
+        x : Tensor of shape (series, time, input_dim)
+        state : tuple of Tensor of shape (series, layers, hidden), optional
+        lengths : Tensor of int, shape (series,), optional
+            Number of steps of each series, all of them by default. The output beyond is
+            unspecified, but finite.
+        backwards : bool
+            Read each series from its own last step to its first.
+        """
+        if lengths is None:
+            lengths = torch.full(x.shape[:1], x.shape[1], device=x.device)
         if state is None:
             state = self.initial_state(x.shape[:1])
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return self._run_by_hand(x, state, lengths, backwards)
         start = tuple(part.transpose(0, 1).contiguous() for part in state)
-        outputs, _ = self.rnn(x, start if self.kind == "lstm" else start[0])
-        return outputs
+        read = reverse(x, lengths) if backwards else x
+        outputs, _ = self.rnn(read, start if self.kind == "lstm" else start[0])
+        return reverse(outputs, lengths) if backwards else outputs
+
+    def _run_by_hand(
+        self, x: Tensor, state: State, lengths: Tensor, backwards: bool
+    ) -> Float[Tensor, "series time hidden"]:
+        """The loop of this package, which a GPU's fused kernels beat, without the padding."""
+        ragged = Ragged.of(lengths, x.shape[1], backwards)
+        rows = ragged.pack(x)
+        for layer, (w, u, b, d) in enumerate(self.rnn.all_weights):
+            start = tuple(part[ragged.order, layer] for part in state)
+            rows = recur(self.kind, F.linear(rows, w, b), start, u, d, ragged)
+        return ragged.unpack(rows)
+
+
+def reverse(
+    x: Float[Tensor, "series time dim"], lengths: Int[Tensor, "series"]
+) -> Float[Tensor, "series time dim"]:
+    """Each series backwards within its own length; its own inverse."""
+    t = torch.arange(x.shape[1], device=x.device)
+    back = lengths[:, None] - 1 - t
+    place = torch.where(back >= 0, back, t)
+    return x.gather(1, place[..., None].expand_as(x))
