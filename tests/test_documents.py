@@ -15,6 +15,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "docs/quickstart.md",
     "docs/models.md",
+    "docs/deep.md",
     "docs/particles.md",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from seqdgm.nn import (
     head_options_from_data,
 )
 from seqdgm.nn.heads import HEADS
+from seqdgm.nn.recurrent import Kind
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
 from seqdgm.types import Inputs
@@ -91,7 +92,7 @@ class DeepModel(StateSpaceModel):
         hidden_dim: int,
         obs_dim: int,
         known_dim: int,
-        kind: Literal["lstm", "gru"] = "gru",
+        kind: Kind = "gru",
     ) -> Encoder:
         """Inference network by name, over observations as the head encodes them.
 

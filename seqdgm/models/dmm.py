@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from seqdgm.models._deep import DeepModel, two_layers
-from seqdgm.nn import GatedTransition, GaussianProposal, SmoothingEncoder
+from seqdgm.nn import GatedTransition, GaussianProposal
 from seqdgm.nn.recurrent import Kind
 from seqdgm.types import Batch, Inputs, Unrolled
+
+
+class State(NamedTuple):
+    """z, and the embedded previous observation."""
+
+    z: Float[Tensor, "*batch state"]
+    x: Float[Tensor, "*batch features"]
 
 
 class DMM(DeepModel):
@@ -23,6 +30,9 @@ class DMM(DeepModel):
 
         z_t &\sim N(\mu(z_{t-1}, u_t), \sigma(z_{t-1}, u_t)), \quad z_0 \text{ learned} \\
         x_t &\sim p(x_t \mid z_t, u_t)
+
+    With `feedback` both read the previous observation too, :math:`\mu(z_{t-1}, x_{t-1}, u_t)` and
+    :math:`p(x_t \mid z_t, x_{t-1}, u_t)` (the paper's "DMM-Aug").
 
     The transition is gated between a linear and a nonlinear map and starts at the identity. The
     inference network reads the data backwards, :math:`q(z_t \mid z_{t-1}, x_{t:T})`; it is trained
@@ -41,6 +51,11 @@ class DMM(DeepModel):
         Its recurrent cell; the last two are simple networks with that activation.
     emission : str
         Observation model; see `RNN`.
+    feedback : bool
+        Whether transition and emission read the previous observation.
+    inference_network : {"smoothing", "mean-field", "filtering", "bidirectional"}
+        Which observations the inference network reads besides the previous state: those from the
+        present on (the paper's), the present one, all up to it, or all.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -66,7 +81,12 @@ class DMM(DeepModel):
     """
 
     engines: ClassVar[tuple[str, ...]] = ("particle", "variational")
-    learners: ClassVar[Mapping[str, str]] = {"elbo": "gradient"}
+    learners: ClassVar[Mapping[str, str]] = {
+        "elbo": "gradient",
+        "iwae": "gradient",
+        "fivo": "gradient",
+        "rws": "gradient",
+    }
 
     def __init__(
         self,
@@ -76,6 +96,8 @@ class DMM(DeepModel):
         emission: str = "gaussian",
         *,
         encoder_cell: Kind = "gru",
+        feedback: bool = False,
+        inference_network: str = "smoothing",
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -89,6 +111,7 @@ class DMM(DeepModel):
         super().__init__()
         self.latent_dim, self.hidden_dim, self.encoder_dim = latent_dim, hidden_dim, encoder_dim
         self.encoder_cell: Kind = encoder_cell
+        self.feedback, self.inference_network = feedback, inference_network
         self.set_common(
             emission,
             season,
@@ -106,15 +129,12 @@ class DMM(DeepModel):
         """Create the networks."""
         known_dim = self.known_dim(input_dim)
         self.z0 = nn.Parameter(torch.zeros(self.latent_dim))
-        self.gated = GatedTransition(self.latent_dim, self.hidden_dim, known_dim)
-        self.features = two_layers(self.latent_dim + known_dim, self.hidden_dim)
         self.head = self.make_head(self.hidden_dim, obs_dim, **options)
-        self.encoder = SmoothingEncoder(
-            self.head.encoded_dim,
-            self.encoder_dim,
-            self.encoder_cell,
-            mask_dim=obs_dim,
-            inputs_dim=known_dim,
+        given = known_dim + (self.head.encoded_dim if self.feedback else 0)
+        self.gated = GatedTransition(self.latent_dim, self.hidden_dim, given)
+        self.features = two_layers(self.latent_dim + given, self.hidden_dim)
+        self.encoder = self.make_encoder(
+            self.inference_network, self.encoder_dim, obs_dim, known_dim, self.encoder_cell
         )
         self.combiner = GaussianProposal(
             self.latent_dim, self.encoder.context_dim, self.encoder_dim
@@ -124,14 +144,45 @@ class DMM(DeepModel):
         """Learned state before the first step."""
         return self.z0.expand(*batch_shape, self.latent_dim)
 
-    def transition(self, z: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
-        """Gated Gaussian transition."""
-        known = self.known(u)
-        return self.gated(z, known.expand(*z.shape[:-1], -1) if known.shape[-1] else None)
+    @property
+    def markov(self) -> bool:
+        """Whether z alone is the state."""
+        return not self.feedback
 
-    def emission(self, s: Float[Tensor, "*batch state"], u: Inputs) -> Distribution:
+    @property
+    def memoryless(self) -> bool:
+        """As `markov`: with feedback the emission reads two observations."""
+        return not self.feedback
+
+    def advance(self, s: Tensor | State, x: Tensor | None, u: Inputs) -> Tensor | State:
+        """The last state, and the last observation where that is fed back."""
+        z = s if isinstance(s, Tensor) else s.z
+        return z if x is None else State(z, x)
+
+    def transition(self, z: Tensor | State, u: Inputs) -> Distribution:
+        """Gated Gaussian transition."""
+        return self.gated(*self._read(z, u))
+
+    def prior(self, h: Tensor | State, u: Inputs) -> Distribution:
+        """The transition."""
+        return self.transition(h, u)
+
+    def absorb(self, h: Tensor | State, z: Tensor | None) -> Tensor | State:
+        """The new state, beside the last observation where that is fed back."""
+        assert z is not None
+        return z if isinstance(h, Tensor) else State(z, h.x)
+
+    def emission(self, s: Tensor | State, u: Inputs) -> Distribution:
         """Observation given the state."""
-        return self.head(self.features(self.with_known(s, u)))
+        z, given = self._read(s, u)
+        return self.head(self.features(z if given is None else torch.cat([z, given], -1)))
+
+    def _read(self, s: Tensor | State, u: Inputs) -> tuple[Tensor, Tensor | None]:
+        """z, and what transition and emission read besides."""
+        z = s if isinstance(s, Tensor) else s.z
+        parts = [self.known(u)] if isinstance(s, Tensor) else [s.x, self.known(u)]
+        wide = [part.expand(*z.shape[:-1], part.shape[-1]) for part in parts if part.shape[-1]]
+        return z, torch.cat(wide, -1) if wide else None
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time context"]:
         """Summaries of the present and the future of each step."""
@@ -139,9 +190,9 @@ class DMM(DeepModel):
         x = self.head.encode(batch.x, batch.mask)
         return self.encoder(x, batch.mask, known, batch.lengths)
 
-    def proposal(self, h: Float[Tensor, "*batch state"], c: Tensor, u: Inputs) -> Distribution:
+    def proposal(self, h: Tensor | State, c: Tensor, u: Inputs) -> Distribution:
         """Combine the previous state with the summary."""
-        return self.combiner(c, h)
+        return self.combiner(c, h if isinstance(h, Tensor) else h.z)
 
     def unroll(
         self,
@@ -154,4 +205,5 @@ class DMM(DeepModel):
     ) -> Unrolled:
         """All steps of the combiner at once."""
         proposal, z = self.combiner.unroll(c, s, lengths, generator)
-        return Unrolled(torch.cat([s[:, None], z[:, :-1]], 1), z, proposal)
+        before = torch.cat([s[:, None], z[:, :-1]], 1)
+        return Unrolled(self.advance(before, x, u), z, proposal)
