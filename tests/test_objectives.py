@@ -91,21 +91,24 @@ def data(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(*shape, 1)) * 1.5
 
 
-def exact(x: np.ndarray, a: float = A, b: float = 0.0) -> float:
-    """Log-density of one series, from the covariance of all pairs (z_t, x_t)."""
+def covariance(steps: int, a: float = A, b: float = 0.0, q: float = Q, r: float = R) -> np.ndarray:
+    """Covariance of the observations, from that of all pairs (z_t, x_t)."""
     transition = np.array([[a, b], [a, b]])
-    shock = np.array([[Q, Q], [Q, Q + R]])
-    powers = [np.linalg.matrix_power(transition, k) for k in range(len(x))]
-    t = range(len(x))
-    cov = [
-        [
-            sum(powers[i - k] @ shock @ powers[j - k].T for k in range(min(i, j) + 1))[1, 1]
-            for j in t
-        ]
-        for i in t
-    ]
+    shock = np.array([[q, q], [q, q + r]])
+    powers = [np.linalg.matrix_power(transition, k) for k in range(steps)]
+    cov = np.zeros((steps, steps))
+    for i in range(steps):
+        for j in range(i + 1):
+            parts = (powers[i - k] @ shock @ powers[j - k].T for k in range(j + 1))
+            cov[i, j] = cov[j, i] = sum(parts)[1, 1]
+    return cov
+
+
+def exact(x: np.ndarray, **parameters: float) -> float:
+    """Log-density of one series."""
     seen = ~np.isnan(x)
-    return float(stats.multivariate_normal.logpdf(x[seen], cov=np.array(cov)[np.ix_(seen, seen)]))
+    cov = covariance(len(x), **parameters)[np.ix_(seen, seen)]
+    return float(stats.multivariate_normal.logpdf(x[seen], cov=cov))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -356,7 +359,7 @@ def test_adaptive_monte_carlo_learns_by_the_weights_of_the_filter() -> None:
 def test_wake_sleep_with_many_particles_climbs_the_likelihood() -> None:
     x = data(1, 5, seed=3)
     model = Linear()
-    slope = (exact(x[0, :, 0], A + 1e-5) - exact(x[0, :, 0], A - 1e-5)) / 2e-5
+    slope = (exact(x[0, :, 0], a=A + 1e-5) - exact(x[0, :, 0], a=A - 1e-5)) / 2e-5
     found = []
     for seed in range(40):
         value = run(model, batch_of(x, 50), Objective("rws", 400, threshold=0.0), seed=seed).value
