@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -18,12 +20,12 @@ class Learned(Linear):
     learners = {"particle-em": "particle-em-networks"}  # noqa: RUF012
 
 
-def simulated(series: int = 30, steps: int = 12) -> np.ndarray:
+def simulated(series: int, steps: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     z, out = np.zeros(series), []
     for _ in range(steps):
-        z = 0.6 * z + 1.2 * rng.normal(size=series)
-        out.append(z + 0.5 * rng.normal(size=series))
+        z = 0.8 * z + rng.normal(size=series)
+        out.append(z + 0.6 * rng.normal(size=series))
     return np.stack(out, 1)[..., None]
 
 
@@ -35,36 +37,37 @@ def fit(model, batch, **options):
 
 
 def test_it_climbs_to_the_maximum_and_its_proposal_learns_the_posterior() -> None:
-    x = simulated()
+    x = simulated(40, 8)
 
-    def total(theta: np.ndarray) -> float:
-        a, q, r = theta
-        law = stats.multivariate_normal(cov=covariance(x.shape[1], a, q=q, r=r))
+    def total(a: float, q: float, r: float) -> float:
+        law = stats.multivariate_normal(cov=covariance(8, a, q=q, r=r))
         return float(law.logpdf(x[..., 0]).sum())
 
     best = optimize.minimize(
-        lambda p: -total(np.array([p[0], np.exp(p[1]), np.exp(p[2])])),
-        [0.6, 0.3, -1.4],
-        method="Nelder-Mead",
+        lambda p: -total(p[0], np.exp(p[1]), np.exp(p[2])), [0.8, 0.0, -1.0], method="Nelder-Mead"
     )
     model, batch = Learned(), batch_of(x)
-    before = total(np.array([0.8, 0.5, 0.7]))
+    with torch.no_grad():
+        for p, value in ((model.a, 0.2), (model.q, 2.0), (model.r, 2.0)):
+            p.fill_(value)
+
+    def deficit() -> float:
+        return -best.fun - total(model.a.item(), model.q.item(), model.r.item())
 
     def effective() -> float:
         rng = torch.Generator().manual_seed(1)
         return float(run_filter(model, batch, SMCOptions(100), rng).ess.mean())
 
-    fit(model, batch, max_epochs=60, learning_rate=0.03, weight_decay=0.0, batch_size=10)
-    report = fit(model, batch, max_epochs=40, learning_rate=0.005, weight_decay=0.0)
-    found = total(np.array([p.item() for p in (model.a, model.q, model.r)]))
-    print(best.fun, before, found, effective())
-    assert -best.fun - before > 5
-    assert -best.fun - found < 1.0
-    assert report.n_iter == len(report.objective) == 40
+    assert deficit() > 20
+    options = {"weight_decay": 0.0, "batch_size": 20}
+    fit(model, batch, max_epochs=35, learning_rate=0.05, **options)
+    report = fit(model, batch, max_epochs=20, learning_rate=0.005, **options)
+    assert deficit() < 1.5
+    assert report.n_iter == len(report.objective) == 20
     learned = effective()
     with torch.no_grad():
-        for name, value in (("w", 0.4), ("v", 0.3), ("s", 0.8)):
-            getattr(model, name).fill_(value)
+        for p, value in ((model.w, 0.4), (model.v, 0.3), (model.s, 0.8)):
+            p.fill_(value)
     assert learned > effective() + 10
 
 
@@ -108,5 +111,5 @@ def test_a_failing_step_names_the_series_and_keeps_the_weights() -> None:
     model = Breaking()
     report = fit(model, batch_of(simulated(2, 4)), max_epochs=9)
     assert report.n_iter == 2
-    assert "series 1" in report.messages[0]
+    assert re.search("series [01]: .* not finite", report.messages[0])
     assert all(bool(p.isfinite().all()) for p in model.parameters())
