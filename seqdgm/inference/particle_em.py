@@ -13,19 +13,23 @@ and maximised. :math:`\gamma_k` is 1 while the chain forgets its start and falls
 :math:`k^{-0.7}` then; so Q is a weighted sum over the trajectories of late iterations, which is how
 it is kept for models that are no exponential family.
 
+Networks take gradient steps towards that maximum instead, one pass over the series at each
+iteration (`fit_networks`), and their proposal learns the density of the same trajectories.
+
 References
 ----------
 Delyon, Lavielle and Moulines (1999), Convergence of a stochastic approximation version of the EM
 algorithm, *Annals of Statistics* 27; Lindsten (2013), An efficient stochastic approximation EM
 algorithm using conditional particle filters, ICASSP; Whiteley (2010), discussion of Andrieu, Doucet
-and Holenstein, *JRSS B* 72 (backward simulation of the reference).
+and Holenstein, *JRSS B* 72 (backward simulation of the reference); Zheng, Zaheer, Ahmed, Wang, Xing
+and Smola (2017), State space LSTM models with particle MCMC inference, arXiv:1711.11179 (networks).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -33,7 +37,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from seqdgm.inference.joint import joint_log_density
+from seqdgm.inference.joint import (
+    follow,
+    joint_log_density,
+    log_emission,
+    log_prior,
+    log_proposal,
+)
 from seqdgm.inference.particle_score import (
     check_learnable,
     draw_trajectories,
@@ -43,9 +53,11 @@ from seqdgm.inference.particle_score import (
     snapshot,
     stopped,
 )
+from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.smc import Reference, SMCOptions
+from seqdgm.inference.training import TrainingOptions
 from seqdgm.results import FitReport
-from seqdgm.types import Batch, check_count
+from seqdgm.types import Batch, check_count, seeded, tree_map
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -158,11 +170,139 @@ def fit(
         the first iteration. A later failure stops the fit: the report says why, and names the
         series; the model keeps the last good parameters.
     """
+    if tol < 0:
+        raise ValueError(f"tol={tol!r} must be at least 0")
+    parameters = check_learnable(model)
+    scheme = _Scheme(
+        SMCOptions(n_particles, resampler="multinomial"),
+        n_trajectories,
+        max_iter,
+        burn_in,
+        tol,
+        lambda memory: _maximise(model, batch, memory, parameters),
+    )
+    return _learn(model, batch, scheme, method, generator, progress)
+
+
+def fit_networks(
+    model: StateSpaceModel,
+    batch: Batch,
+    *,
+    method: str,
+    generator: torch.Generator,
+    progress: bool,
+    n_particles: int = 20,
+    n_trajectories: int = 1,
+    max_epochs: int | None = None,
+    burn_in: int | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    batch_size: int | None = None,
+    clip: float = 5.0,
+    proposal: str | Proposal = "bootstrap",
+) -> FitReport:
+    r"""Learn the networks of a model along trajectories that conditional particle filters draw.
+
+    An epoch draws trajectories of all series, by a filter with the model's own predictive law as
+    proposal, and takes one pass of AdamW over minibatches of series on :math:`\log p_\theta(x, z) +
+    \log q_\phi(z \mid x)`. The proposal q learns the smoothing distribution that way, and reads
+    the memory without a gradient to it.
+
+    Parameters
+    ----------
+    model, batch, method, generator, progress
+        As every learner.
+    n_particles, n_trajectories : int
+        As in `fit`.
+    max_epochs : int, optional
+        Epochs, all of which are run. As `learning_rate`, `weight_decay` and `batch_size` it is the
+        model's own by default.
+    burn_in : int, optional
+        Epochs that forget earlier trajectories at once; all of them by default, which leaves the
+        averaging to the gradient steps.
+    learning_rate, weight_decay : float, optional
+        Of AdamW.
+    batch_size : int, optional
+        Series in one update.
+    clip : float
+        Largest norm of the gradient.
+    proposal : str or Proposal
+        Of the filters; see `seqdgm.inference.proposals.make_proposal`.
+
+    Raises
+    ------
+    ValueError
+        As `fit`.
+
+    References
+    ----------
+    Zheng et al. (2017), section 3.
+    """
+    own = model.get_params()
+    defaults = TrainingOptions()
+    chosen = {}
+    for name, value in (
+        ("max_epochs", max_epochs),
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+        ("batch_size", batch_size),
+    ):
+        chosen[name] = own.get(name, getattr(defaults, name)) if value is None else value
+    check_count("batch_size", chosen["batch_size"])
+    if chosen["learning_rate"] <= 0 or clip <= 0:
+        raise ValueError(
+            f"learning_rate={chosen['learning_rate']!r} and clip={clip!r} must be positive"
+        )
+    if model.feedback and model.fills_missing and not batch.complete:
+        raise ValueError(
+            f"{type(model).__name__} feeds observations back, and some are missing: the "
+            "trajectories of particle EM do not hold them; impute them first, or use another method"
+        )
+    optimizer = torch.optim.AdamW(
+        check_learnable(model).values(),
+        lr=chosen["learning_rate"],
+        weight_decay=chosen["weight_decay"],
+    )
+    scheme = _Scheme(
+        SMCOptions(n_particles, resampler="multinomial", proposal=proposal),
+        n_trajectories,
+        chosen["max_epochs"],
+        chosen["max_epochs"] if burn_in is None else burn_in,
+        None,
+        lambda memory: _climb(
+            model, batch, memory, optimizer, chosen["batch_size"], clip, generator
+        ),
+    )
+    report = _learn(model, batch, scheme, method, generator, progress)
+    model.eval()
+    return report
+
+
+class _Scheme(NamedTuple):
+    """How to learn: the filters, how long, and the M-step."""
+
+    options: SMCOptions
+    n_trajectories: int
+    max_iter: int
+    burn_in: int
+    tol: float | None
+    maximise: Callable[[_Memory], None]
+
+
+def _learn(
+    model: StateSpaceModel,
+    batch: Batch,
+    scheme: _Scheme,
+    method: str,
+    generator: torch.Generator,
+    progress: bool,
+) -> FitReport:
+    """Alternate between trajectories and M-steps."""
     begin = time.perf_counter()
-    for name, value in (("max_iter", max_iter), ("n_trajectories", n_trajectories)):
-        check_count(name, value)
-    if n_particles < 2 or tol < 0:
-        raise ValueError(f"n_particles={n_particles!r} must be at least 2, tol={tol!r} at least 0")
+    for name in ("max_iter", "n_trajectories"):
+        check_count(name, getattr(scheme, name))
+    if scheme.options.n_particles < 2:
+        raise ValueError(f"n_particles={scheme.options.n_particles!r} must be at least 2")
     if model.latent_dim == 0:
         raise ValueError(f"{type(model).__name__} has no latent states; use method='mle'")
     parameters = check_learnable(model)
@@ -172,14 +312,14 @@ def fit(
     def iterate() -> Iterator[int]:
         nonlocal good
         reference: Reference | None = None
-        for k in range(max_iter):
-            gamma = 1.0 if k < burn_in else (k - burn_in + 1.0) ** -DECAY
+        for k in range(scheme.max_iter):
+            gamma = 1.0 if k < scheme.burn_in else (k - scheme.burn_in + 1.0) ** -DECAY
             try:
-                options = SMCOptions(n_particles, resampler="multinomial", reference=reference)
-                draws = draw_trajectories(model, batch, options, generator, n_trajectories)
+                options = replace(scheme.options, reference=reference)
+                draws = draw_trajectories(model, batch, options, generator, scheme.n_trajectories)
                 assert draws.z is not None
                 memory.add(Retained(draws.z, draws.x), gamma)
-                _maximise(model, batch, memory, parameters)
+                scheme.maximise(memory)
             except ValueError as error:
                 if k == 0:
                     raise
@@ -188,13 +328,14 @@ def fit(
             good = snapshot(parameters)
             reference = Reference(draws.z[:, 0], ancestor_sampling=False)
             memory.objective.append(float(draws.log_likelihood.sum()))
-            memory.past = [*memory.past[-20:], good]
             yield k
-            if k > burn_in and settled(memory.past, tol):
-                memory.converged = True
-                return
+            if scheme.tol is not None:
+                memory.past = [*memory.past[-20:], good]
+                if k > scheme.burn_in and settled(memory.past, scheme.tol):
+                    memory.converged = True
+                    return
 
-    for _ in shown(iterate(), max_iter) if progress else iterate():
+    for _ in shown(iterate(), scheme.max_iter) if progress else iterate():
         pass
     restore(parameters, good)
     return FitReport(
@@ -206,6 +347,61 @@ def fit(
         seconds=time.perf_counter() - begin,
         messages=(memory.message,) if memory.message else (),
     )
+
+
+def _climb(
+    model: StateSpaceModel,
+    batch: Batch,
+    memory: _Memory,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    clip: float,
+    generator: torch.Generator,
+) -> None:
+    """One pass of gradient steps over the series; ValueError, with the series named, if it fails.
+
+    The parameters are then what they were before the failing step.
+    """
+    retained, weights = memory.all()
+    order = torch.randperm(batch.n_series, generator=generator, device=batch.x.device)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    with seeded(generator), torch.enable_grad():
+        for rows in order.split(batch_size):
+            part = batch.take(rows)
+            each = (_complete_data(model, part, retained.z[rows]) * weights).sum(1)
+            bad = torch.nonzero(~each.isfinite())
+            if len(bad):
+                raise ValueError(
+                    f"series {part.ids[int(bad[0, 0])]!r}: its expected complete-data "
+                    "log-likelihood is not finite; scale the data or lower learning_rate"
+                )
+            optimizer.zero_grad()
+            (-each.sum() / part.lengths.sum()).backward()
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            if not bool(torch.isfinite(norm)):
+                raise ValueError(
+                    "the gradient of the M-step was not finite; scale the data or lower "
+                    "learning_rate"
+                )
+            optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+
+
+def _complete_data(
+    model: StateSpaceModel, batch: Batch, z: Float[Tensor, "series n time state"]
+) -> Float[Tensor, "series n"]:
+    """log p(x, z), and log q(z | x) of a model with a proposal."""
+    path = follow(model, batch, z)
+    wide = (*z.shape[:3], batch.x.shape[2])
+    x, mask = batch.x[:, None].expand(wide), batch.mask[:, None].expand(wide)
+    density = log_emission(model, batch, path, x, mask) + log_prior(model, batch, path, z)
+    context = model.encode(batch) if model.has_proposal else None
+    if context is not None:
+        fixed = path._replace(h=tree_map(Tensor.detach, path.h))
+        density = density + log_proposal(model, batch, fixed, z, context)
+    return density.sum(2)
 
 
 def _maximise(

@@ -138,6 +138,11 @@ def particle_scan(
     return _stacked(steps, context)
 
 
+def _for_all(leaf: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What all particles of a series share."""
+    return leaf[:, None].expand(*shape, *leaf.shape[1:])
+
+
 def _resample(
     cloud: _Cloud, how: Steering, batch: Batch, t: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, "series particle"], Bool[Tensor, "series"]]:
