@@ -16,6 +16,7 @@ import seqdgm as sq
 from seqdgm.inference.objectives import Objective, evaluate
 from seqdgm.inference.training_options import TrainingOptions
 from seqdgm.inference.updates import Updater
+from seqdgm.models.srnn import SRNN
 from seqdgm.nn import GaussianProposal, SmoothingEncoder
 from seqdgm.prepare import prepare
 from seqdgm.types import Batch, tree_map
@@ -170,3 +171,38 @@ def test_a_fault_within_a_window_is_named() -> None:
 def test_particles_are_not_cut() -> None:
     with pytest.raises(ValueError, match="truncate= goes with one path"):
         sq.DMM(1, 3, 3, max_epochs=1).fit(series(), truncate=4, n_particles=3)
+
+
+def test_windows_of_a_model_that_unrolls_itself_have_the_bound_of_the_whole() -> None:
+    """Draws come in another order then: compared over 400 copies of each series."""
+    model = sq.DMM(2, 4, 4, max_epochs=3).fit(series(), seed=0)
+    copies = [y for y in series() for _ in range(400)]
+    _, batch, _ = prepare(model, copies, None)
+    found = []
+    for options in ({"truncate": WINDOW}, {}):
+        values: list[torch.Tensor] = []
+        updater = Updater.of(copy.deepcopy(model), replace(TrainingOptions(), **options))
+        updater.evaluation.register_forward_hook(
+            lambda _, __, out, values=values: values.append(out[0].value.detach())
+        )
+        updater(
+            batch,
+            weight=1e-3,
+            beta=1.0,
+            rate=1e-3,
+            generator=torch.Generator().manual_seed(1),
+            due=False,
+        )
+        assert len(values) == (4 if options else 1)
+        found.append(torch.cat(values, 1).double().sum(1).reshape(3, 400))
+    gap = found[0].mean(1) - found[1].mean(1)
+    stderr = (found[0].var(1) / 400 + found[1].var(1) / 400).sqrt()
+    assert torch.all(gap.abs() < 5 * stderr)
+
+
+def test_windows_of_a_chain_that_runs_before_the_loop_have_its_value() -> None:
+    model = SRNN(2, 4, 4, max_epochs=1).fit(series(), seed=0)
+    _, batch, _ = prepare(model, series(), None)
+    whole, _ = updated(copy.deepcopy(model), batch)
+    windows, _ = updated(copy.deepcopy(model), batch, truncate=WINDOW)
+    np.testing.assert_allclose(windows.totals, whole.totals, rtol=1e-5)
