@@ -50,6 +50,8 @@ class Batch:
         Which fitted series each row is, for models that keep parameters series by series.
     ids : tuple
         Names of the series, for error messages.
+    begin : int
+        Number of the first step, where the batch is a window of longer series.
     """
 
     x: Float[Tensor, "series time dim"]
@@ -58,6 +60,7 @@ class Batch:
     u: Float[Tensor, "series steps inputs"]
     rows: Int[Tensor, "series"]
     ids: tuple[Any, ...]
+    begin: int = 0
 
     @classmethod
     def of(
@@ -123,6 +126,18 @@ class Batch:
             self.u[rows],
             self.rows[rows],
             tuple(self.ids[k] for k in chosen),
+            self.begin,
+        )
+
+    def window(self, begin: int, end: int) -> Batch:
+        """Steps `begin` to `end` (not included) of every series, some of them perhaps none."""
+        return replace(
+            self,
+            x=self.x[:, begin:end],
+            mask=self.mask[:, begin:end],
+            lengths=(self.lengths - begin).clamp(0, end - begin),
+            u=self.u[:, begin:end],
+            begin=self.begin + begin,
         )
 
     def inputs_at(self, t: int, extra_axes: int = 0) -> Inputs:
@@ -130,11 +145,11 @@ class Batch:
         values = self.u[:, t]
         for _ in range(extra_axes):
             values = values[:, None]
-        return Inputs(values, torch.tensor(t, device=self.x.device))
+        return Inputs(values, torch.tensor(self.begin + t, device=self.x.device))
 
     def inputs_all(self) -> Inputs:
         """Known inputs of all observed steps at once."""
-        t = torch.arange(self.n_steps, device=self.x.device)
+        t = self.begin + torch.arange(self.n_steps, device=self.x.device)
         return Inputs(self.u[:, : self.n_steps], t)
 
 

@@ -50,7 +50,7 @@ from torch.distributions import Distribution
 
 from seqdgm.inference import joint
 from seqdgm.inference.particle_scan import Steering, Swarm, increments, particle_scan
-from seqdgm.inference.scan import Trace, copied, prior_over_time, scan
+from seqdgm.inference.scan import Piece, Trace, copied, prior_over_time, scan
 from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Inputs, check_count, tree_map
 
@@ -168,11 +168,29 @@ def evaluate(
     torch.Size([1, 12])
     """
     if objective.name == "elbo" or not model.latent_dim:
-        return _elbo(model, batch, objective, beta, generator)
+        return _elbo(model, batch, objective, beta, generator)[0]
     never = objective.threshold == 0 or objective.n_particles == 1
     if objective.name == "iwae" or (objective.name == "fivo" and never):
         return _iwae(model, batch, objective, beta, generator)
     return _fivo(model, batch, objective, beta, generator)
+
+
+def evaluate_piece(
+    model: StateSpaceModel,
+    batch: Batch,
+    objective: Objective,
+    beta: float,
+    generator: torch.Generator,
+    piece: Piece,
+) -> tuple[Terms, Piece]:
+    """The evidence lower bound of a window of the series, and what the next takes over.
+
+    Nothing that is taken over has a gradient. Parameters as in `evaluate`, with one particle.
+    """
+    terms, trace = _elbo(model, batch, objective, beta, generator, piece)
+    s = tree_map(lambda leaf: leaf[:, -1].detach(), trace.s)
+    last = (batch.x if trace.x is None else trace.x)[:, -1]
+    return terms, piece._replace(s=s, x=last)
 
 
 # ------------------------------------------------------------------------------ independent paths
@@ -226,10 +244,11 @@ def _elbo(
     objective: Objective,
     beta: float,
     generator: torch.Generator,
-) -> Terms:
+    piece: Piece | None = None,
+) -> tuple[Terms, Trace]:
     count = objective.n_particles if model.latent_dim else 1
     wide = replicate(batch, count)
-    trace = scan(model, batch, generator, count)
+    trace = scan(model, batch, generator, count, piece)
     found = along(model, wide, trace)
     charged = found.divergence
     if objective.free_bits and model.latent_dim:
@@ -241,8 +260,9 @@ def _elbo(
         )
     terms = Terms(value, found.reconstruction, found.divergence)
     if count == 1:
-        return terms
-    return Terms(*(part.unflatten(0, (batch.n_series, count)).mean(1) for part in terms))
+        return terms, trace
+    mean = (part.unflatten(0, (batch.n_series, count)).mean(1) for part in terms)
+    return Terms(*mean), trace
 
 
 def _with_auxiliary(

@@ -54,24 +54,46 @@ class Trace(NamedTuple):
         return self.proposals
 
 
+class Piece(NamedTuple):
+    """What a window of the series takes over from the steps before it.
+
+    Attributes
+    ----------
+    s : state tree
+        State before the window; None where the first state has a law of its own.
+    x : Tensor of shape (series, dim)
+        Observation before it; 0 at the beginning of the series.
+    context : Tensor of shape (series, time, features) or None
+        The steps of the window of what `model.encode` gives for the whole series.
+    complete : bool
+        Whether nothing is missing in the whole series.
+    """
+
+    s: Any
+    x: Tensor
+    context: Tensor | None
+    complete: bool
+
+
 def scan(
     model: StateSpaceModel,
     batch: Batch,
     generator: torch.Generator,
     copies: int = 1,
+    piece: Piece | None = None,
 ) -> Trace:
     """Draw paths of states along the data, by the proposal, with gradients.
 
     Missing observations that the model feeds back are drawn from its own emission as it goes. The
     `copies` paths of a series come one after another in the axis of the series; what all of them
-    read is computed once.
+    read is computed once. A window of the series goes on from a `piece` (then with one copy).
     """
-    if model.latent_dim == 0 and (batch.complete or not model.feedback):
+    if piece is None and model.latent_dim == 0 and (batch.complete or not model.feedback):
         h = model.memory(model.embed(previous(batch)), batch.inputs_all())
         if h is not None:
             return Trace(h, None, model.absorb(h, None), 0, [])
     with deferred():
-        return _loop(model, batch, generator, copies)
+        return _loop(model, batch, generator, copies, piece)
 
 
 def prior_over_time(
@@ -100,17 +122,21 @@ def copied(batch: Batch, copies: int) -> Int[Tensor, "rows"]:
     return torch.arange(batch.n_series, device=batch.x.device).repeat_interleave(copies)
 
 
-def previous(batch: Batch) -> Tensor:
-    """Observations shifted by one step, zeros before the first."""
-    return torch.cat([torch.zeros_like(batch.x[:, :1]), batch.x[:, :-1]], 1)
+def previous(batch: Batch, piece: Piece | None = None) -> Tensor:
+    """Observations shifted by one step, zeros before the first of a series."""
+    first = torch.zeros_like(batch.x[:, :1]) if piece is None else piece.x[:, None]
+    return torch.cat([first, batch.x[:, :-1]], 1)
 
 
-def fed(model: StateSpaceModel, batch: Batch, context: Tensor | None) -> Any:
+def fed(
+    model: StateSpaceModel, batch: Batch, context: Tensor | None, piece: Piece | None = None
+) -> Any:
     """What `advance` reads, over time; None where observations have to be drawn on the way."""
-    if not (model.feedback and batch.complete):
+    complete = batch.complete if piece is None else piece.complete
+    if not (model.feedback and complete):
         return None
     backbone = None if context is None else model.backbone(context)
-    return model.embed(previous(batch)) if backbone is None else backbone
+    return model.embed(previous(batch, piece)) if backbone is None else backbone
 
 
 def _unrolled(
@@ -130,9 +156,15 @@ def _unrolled(
     return Trace(found.h, found.z, s, 0, found.proposal, given[2])
 
 
-def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copies: int) -> Trace:
-    context = model.encode(batch)
-    over_time = fed(model, batch, context)
+def _loop(
+    model: StateSpaceModel,
+    batch: Batch,
+    generator: torch.Generator,
+    copies: int,
+    piece: Piece | None,
+) -> Trace:
+    context = model.encode(batch) if piece is None else piece.context
+    over_time = fed(model, batch, context, piece)
     if copies > 1:
         rows = copied(batch, copies)
         batch = batch.take(rows)
@@ -140,8 +172,8 @@ def _loop(model: StateSpaceModel, batch: Batch, generator: torch.Generator, copi
         over_time = tree_map(lambda leaf: leaf[rows], over_time)
     given = None if over_time is None else tree_unbind(over_time, 1)
     n = batch.n_series
-    s = model.start((n,))
-    x = torch.zeros_like(batch.x[:, 0])
+    s = model.start((n,)) if piece is None else piece.s
+    x = torch.zeros_like(batch.x[:, 0]) if piece is None else piece.x
     known = batch.inputs_all()
     if context is not None and (over_time is not None or not model.feedback):
         whole = _unrolled(model, batch, generator, (s, over_time, context, known))

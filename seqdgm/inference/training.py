@@ -246,7 +246,7 @@ def _epoch(run: Run) -> bool:
         norm = (outcome.norm, 1.0) if math.isfinite(outcome.norm) else (0.0, 0.0)
         added = (*outcome.totals, *norm)
         state.sums = [a + b for a, b in zip(state.sums, added, strict=True)]
-        state.position, state.updates = k + 1, state.updates + 1
+        state.position, state.updates = k + 1, run.updater.count
         if outcome.due:
             _save(run)
     state.curves.learning_rate.append(_rate(run, len(parts) - 1, len(parts)))
@@ -326,7 +326,7 @@ def _validate(run: Run, held: Held) -> float:
         part = trim(held.batch.take(rows))
         t = torch.arange(part.n_steps, device=device)
         counted = part.mask.any(-1) & (t[None] >= held.begin[rows, None]) & part.valid
-        terms = module(Work(part, target, 1.0, noise))
+        terms, _ = module(Work(part, target, 1.0, noise))
         value = terms.reconstruction - terms.divergence
         sums += torch.stack([value[counted].double().sum(), counted.sum()])
     module.train()

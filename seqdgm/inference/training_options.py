@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 PRECISIONS: tuple[str, ...] = ("32-true", "bf16-mixed", "16-mixed")
+# Of the objectives that need several.
+DEFAULT_PARTICLES = 4
 # What may differ between a run and the one that it resumes.
 FREE = frozenset(
     {"max_epochs", "patience", "checkpoint", "checkpoint_minutes", "resume", "on_epoch"}
@@ -63,6 +65,14 @@ class TrainingOptions:
     valid_fraction : float
         Share of each series, at its end, that is held out to decide when to stop; 0 trains on
         everything for `max_epochs`. Series given to ``fit(..., valid=)`` take its place.
+    truncate : int, optional
+        Steps through which the gradient goes back: series are cut into windows of as many steps,
+        which take over the state, without its gradient, and the missing observations drawn so far
+        from the window before (truncated back-propagation through time). Only one window's states
+        are in memory. Summaries of an inference network are those of the whole series, and their
+        gradient is exact, so that filtering, smoothing and bidirectional networks all do; there is
+        then one update a minibatch, and without an inference network one a window. For the evidence
+        lower bound of one path (``"elbo"``, ``"mle"``) only.
     evaluate_every : int
         Epochs from one validation to the next; the last epoch is always validated.
     kl_warmup : int
@@ -84,7 +94,8 @@ class TrainingOptions:
         bit for bit what that run would have come to.
     objective : Objective
         What is maximised; ``fit`` takes its name from ``method`` and its other settings, such as
-        ``n_particles`` and ``free_bits``, beside those listed here.
+        ``n_particles`` (default 1 for ``"elbo"``, else 4) and ``free_bits``, beside those listed
+        here.
     on_epoch : callable, optional
         Called with the `FitReport` so far after each epoch; training ends with whatever it raises.
     """
@@ -104,6 +115,7 @@ class TrainingOptions:
     average: float = 0.0
     patience: int = 60
     valid_fraction: float = 0.1
+    truncate: int | None = None
     evaluate_every: int = 1
     kl_warmup: int = 40
     precision: Precision = "32-true"
@@ -119,6 +131,14 @@ class TrainingOptions:
         counts = ("max_epochs", "batch_size", "patience", "evaluate_every", "plateau_patience")
         for name in (*counts, "devices", "nodes"):
             check_count(name, getattr(self, name))
+        if self.truncate is not None:
+            check_count("truncate", self.truncate)
+            if self.objective.name != "elbo" or self.objective.n_particles > 1:
+                raise ValueError(
+                    "truncate= goes with one path of the evidence lower bound: the weights of "
+                    f"{self.objective.n_particles} particles of {self.objective.name!r} belong to "
+                    "whole series; use method='elbo' or cut the series into shorter ones"
+                )
         for name in ("learning_rate", "clip"):
             _within(name, getattr(self, name), above=0.0)
         for name in ("weight_decay", "lr_warmup", "kl_warmup", "checkpoint_minutes"):
@@ -195,6 +215,8 @@ def read_options(model: StateSpaceModel, method: str, options: dict[str, Any]) -
     own = {name: value for name, value in model.get_params().items() if name in known}
     given = {**own, **options}
     name: Any = "elbo" if method == "mle" else method
+    if name != "elbo":
+        given.setdefault("n_particles", DEFAULT_PARTICLES)
     objective = Objective(name, **{k: v for k, v in given.items() if k in aims})
     rest = {k: v for k, v in given.items() if k not in aims}
     return replace(TrainingOptions(), objective=objective, **rest)

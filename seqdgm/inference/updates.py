@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from seqdgm.inference.checkpoints import optimizer_tensors, pack, set_optimizer, unpack
-from seqdgm.inference.objectives import Objective, Terms, evaluate
+from seqdgm.inference.objectives import Objective, Terms, evaluate, evaluate_piece
+from seqdgm.inference.scan import Piece
 from seqdgm.inference.training_options import TrainingOptions
 from seqdgm.types import Batch
 
@@ -27,9 +29,15 @@ class Work:
     """
 
     def __init__(
-        self, batch: Batch, objective: Objective, beta: float, generator: torch.Generator
+        self,
+        batch: Batch,
+        objective: Objective,
+        beta: float,
+        generator: torch.Generator,
+        piece: Piece | None = None,
     ) -> None:
         self.batch, self.objective, self.beta, self.generator = batch, objective, beta, generator
+        self.piece = piece
 
 
 class Evaluation(nn.Module):
@@ -39,9 +47,12 @@ class Evaluation(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, work: Work) -> Terms:
-        """Objective of a minibatch."""
-        return evaluate(self.model, work.batch, work.objective, work.beta, work.generator)
+    def forward(self, work: Work) -> tuple[Terms, Piece | None]:
+        """Objective of a minibatch; of a window of it, also what the next takes over."""
+        given = (self.model, work.batch, work.objective, work.beta, work.generator)
+        if work.piece is None:
+            return evaluate(*given), None
+        return evaluate_piece(*given, work.piece)
 
 
 class Outcome(NamedTuple):
@@ -112,13 +123,64 @@ class Updater:
         """Take one step up the objective; `weight` is what its sum over the steps is worth."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        work = Work(batch, self.options.objective, beta, generator)
+        size = self.options.truncate
+        if size is not None and batch.n_steps > size:
+            return self._in_windows(work, size, weight, due)
         self.optimizer.zero_grad()
-        terms = self.module(Work(batch, self.options.objective, beta, generator))
+        terms, _ = self.module(work)
         self.fabric.backward(-terms.value.sum() * weight)
+        return self._step(batch, terms, weight > 0, due)
+
+    def _in_windows(self, work: Work, size: int, weight: float, due: bool) -> Outcome:
+        """Updates from windows of `size` steps, with no gradient from one to the one before.
+
+        The summaries of an inference network are computed once for the whole series. Their
+        gradient is collected over the windows, and there is one update; without them there is one
+        after each window.
+        """
+        batch, model = work.batch, self.evaluation.model
+        with self.fabric.autocast():
+            context = model.encode(batch)
+            start = model.start((batch.n_series,))
+        piece = Piece(start, torch.zeros_like(batch.x[:, 0]), None, batch.complete)
+        if context is not None and self.options.world > 1:
+            raise ValueError(
+                "truncate= with an inference network trains on one device; leave out truncate= or "
+                "devices="
+            )
+        summaries = None if context is None else context.detach().requires_grad_()
+        ends = range(0, batch.n_steps, size)
+        outcomes, parts = [], []
+        for begin in ends:
+            if summaries is None or not begin:
+                self.optimizer.zero_grad()
+            window = batch.window(begin, min(begin + size, batch.n_steps))
+            if summaries is not None:
+                piece = piece._replace(context=summaries[:, begin : begin + size])
+            terms, piece = self.module(
+                Work(window, work.objective, work.beta, work.generator, piece)
+            )
+            worth = weight * (len(ends) if summaries is None else 1)
+            self.fabric.backward(-terms.value.sum() * worth)
+            if summaries is None:
+                outcomes.append(self._step(window, terms, weight > 0, due))
+                if outcomes[-1].fault:
+                    break
+            else:
+                parts.append(Terms(*(part.detach() for part in terms)))
+        if context is None or summaries is None:
+            return _together(outcomes)
+        context.backward(summaries.grad)
+        whole = Terms(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+        return self._step(batch, whole, weight > 0, due)
+
+    def _step(self, batch: Batch, terms: Terms, counts: bool, due: bool) -> Outcome:
+        """Follow the gradient that has been collected, if it and the objective are finite."""
         norm = self.fabric.clip_gradients(
             self.module, self.optimizer, max_norm=self.options.clip, error_if_nonfinite=False
         )
-        counted = float(weight > 0)
+        counted = float(counts)
         sums = torch.stack([part.detach().double().sum() for part in terms])
         whole = torch.isfinite(sums).all()
         # One look at the device (and at the other processes) an update.
@@ -201,6 +263,17 @@ class Updater:
             state = {name: value.item() for name, value in unpack("scaler", tensors).items()}
             self.scaler.load_state_dict(state)
         self.count = count
+
+
+def _together(outcomes: list[Outcome]) -> Outcome:
+    """Outcome of several updates."""
+    norms = [o.norm for o in outcomes if math.isfinite(o.norm)]
+    return Outcome(
+        [sum(totals) for totals in zip(*(o.totals for o in outcomes), strict=True)],
+        sum(norms) / len(norms) if norms else math.nan,
+        outcomes[-1].fault,
+        any(o.due for o in outcomes),
+    )
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
