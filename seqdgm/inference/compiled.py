@@ -25,6 +25,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from seqdgm.kernels.trace_tape import Tape
     from seqdgm.recursion import StateSpaceModel
 
+NORMAL, UNIFORM = 1, 2  # as in `seqdgm.kernels.particles_cpu_traced`, which is slow to import
 _SERVED = ("n_particles", "threshold", "collapse", "compile", "proposal")
 _REMEDY = "leave compile=False"
 _CHECKED = 64  # particles in the comparison with the model's own functions
@@ -55,7 +57,7 @@ _ROUNDING, _SINGLE_ROUNDING = 1e-10, 1e-5
 class Law(NamedTuple):
     """How a state is made from random numbers: their kinds, and a formula."""
 
-    kinds: tuple[str, ...]
+    kinds: tuple[int, ...]
     draw: Callable[[Any, list[Tensor]], Tensor]
 
 
@@ -75,17 +77,17 @@ def _multivariate(d: td.MultivariateNormal, e: list[Tensor]) -> Tensor:
 
 
 LAWS: dict[type, Law] = {
-    td.Normal: Law(("normal",), lambda d, e: d.loc + d.scale * e[0]),
-    td.LogNormal: Law(("normal",), lambda d, e: torch.exp(d.loc + d.scale * e[0])),
-    td.HalfNormal: Law(("normal",), lambda d, e: d.scale * e[0].abs()),
-    td.MultivariateNormal: Law(("normal",), _multivariate),
-    td.StudentT: Law(("uniform", "uniform"), _student),
-    td.Laplace: Law(("uniform",), _laplace),
-    td.Cauchy: Law(("uniform",), lambda d, e: d.loc + d.scale * torch.tan(math.pi * (e[0] - 0.5))),
-    td.Gumbel: Law(("uniform",), lambda d, e: d.loc - d.scale * (-e[0].log()).log()),
-    td.Uniform: Law(("uniform",), lambda d, e: d.low + (d.high - d.low) * e[0]),
-    td.Exponential: Law(("uniform",), lambda d, e: -e[0].log() / d.rate),
-    td.Bernoulli: Law(("uniform",), lambda d, e: torch.where(e[0] < d.probs, 1.0, 0.0).double()),
+    td.Normal: Law((NORMAL,), lambda d, e: d.loc + d.scale * e[0]),
+    td.LogNormal: Law((NORMAL,), lambda d, e: torch.exp(d.loc + d.scale * e[0])),
+    td.HalfNormal: Law((NORMAL,), lambda d, e: d.scale * e[0].abs()),
+    td.MultivariateNormal: Law((NORMAL,), _multivariate),
+    td.StudentT: Law((UNIFORM, UNIFORM), _student),
+    td.Laplace: Law((UNIFORM,), _laplace),
+    td.Cauchy: Law((UNIFORM,), lambda d, e: d.loc + d.scale * torch.tan(math.pi * (e[0] - 0.5))),
+    td.Gumbel: Law((UNIFORM,), lambda d, e: d.loc - d.scale * (-e[0].log()).log()),
+    td.Uniform: Law((UNIFORM,), lambda d, e: d.low + (d.high - d.low) * e[0]),
+    td.Exponential: Law((UNIFORM,), lambda d, e: -e[0].log() / d.rate),
+    td.Bernoulli: Law((UNIFORM,), lambda d, e: torch.where(e[0] < d.probs, 1.0, 0.0).double()),
 }
 
 
@@ -139,12 +141,10 @@ def bootstrap(
     _check_options(model, options)
     with torch.no_grad():
         recorded = _record(model, batch)
-        data = _arrays(recorded, batch)
         program = recorded.program
         state = len(program.initial)
-        loop = load(write(recorded.tape, program))
-        sizes = particles_cpu.Sizes(state, program.draws, state)
-        work = particles_cpu.Work(loop, data, batch.n_steps, sizes)
+        data = _arrays(recorded, batch, load(write(recorded.tape, program)))
+        work = particles_cpu.traced(data, particles_cpu.Sizes(state, program.draws, state))
         _verify(model, batch, recorded, work)
         wanted = COVARIANCES if moments else NOTHING
         seed = draw_seed(generator)
@@ -204,22 +204,22 @@ def _record(model: StateSpaceModel, batch: Batch) -> _Recorded:
     recorder = Recorder(tape, FORMULAS)
     z: Tensor | None = None
     made: list[list[int]] = []
-    kinds: list[tuple[str, ...]] = []
+    kinds: list[tuple[int, ...]] = []
     for step, name in enumerate(("initial", "transition")):
         u = _declare_inputs(tape, batch, min(step, batch.n_steps - 1))
         with recorder:
             law = _state_law(model, z, u, (1, 1))
         rule = _rule(law, f"{type(model).__name__}.{name}")
+        if _precision(law) != torch.float64:
+            raise ValueError(
+                f"{type(model).__name__}.{name} computes in {_precision(law)}; compile=True needs "
+                "float64: give its constants dtype=self.dtype"
+            )
         noise = [
             _declare(tape, _noise(kind, dim), "noise", k * dim) for k, kind in enumerate(rule.kinds)
         ]
         with recorder:
             drawn = rule.draw(law, noise)
-        if drawn.dtype != torch.float64:
-            raise ValueError(
-                f"{type(model).__name__}.{name} computes in {drawn.dtype}; compile=True needs "
-                "float64: give its constants dtype=self.dtype"
-            )
         made.append(tape.ids(drawn).ravel().tolist())
         kinds.append(tuple(kind for kind in rule.kinds for _ in range(dim)))
         z = _declare(tape, drawn.clone(), "old", 0)
@@ -236,6 +236,7 @@ def _record(model: StateSpaceModel, batch: Batch) -> _Recorded:
         made[1],
         (kinds[0], kinds[1]),
         tape.ids(density, torch.float64).ravel().tolist(),
+        batch.u.shape[2],
         obs,
     )
     return _Recorded(tape, program, joint)
@@ -253,9 +254,9 @@ def _declare_inputs(tape: Tape, batch: Batch, step: int) -> Inputs:
     return Inputs(values, _declare(tape, torch.tensor(step), "t", 0))
 
 
-def _noise(kind: str, dim: int) -> Tensor:
+def _noise(kind: int, dim: int) -> Tensor:
     """Random numbers of one particle, in the middle of their distribution."""
-    middle = 0.1 if kind == "normal" else 0.4
+    middle = 0.1 if kind == NORMAL else 0.4
     return torch.linspace(middle, 1.5 * middle, dim, dtype=torch.float64)[None, None]
 
 
@@ -279,6 +280,13 @@ def _rule(law: Distribution, where: str) -> Law:
     return LAWS[type(law)]
 
 
+def _precision(law: Distribution) -> torch.dtype:
+    """The type of the law's draws."""
+    kinds = [part.dtype for part in vars(law).values() if isinstance(part, Tensor)]
+    kinds += [_precision(part) for part in vars(law).values() if isinstance(part, Distribution)]
+    return reduce(torch.promote_types, kinds)
+
+
 def _check_shared(law: Distribution, where: str) -> None:
     shape = law.batch_shape + law.event_shape
     if any(size != 1 for size in shape[:-1]):
@@ -292,16 +300,16 @@ def _quiet(law: Distribution) -> Distribution:
     """The same law, which does not look at the values that it is given."""
     law = copy.copy(law)
     law._validate_args = False
-    for name in ("base_dist", "component_distribution", "mixture_distribution"):
-        if isinstance(getattr(law, name, None), Distribution):
-            setattr(law, name, _quiet(getattr(law, name)))
+    for name, part in list(vars(law).items()):
+        if isinstance(part, Distribution):
+            setattr(law, name, _quiet(part))
     return law
 
 
 # -- data, and the comparison -------------------------------------------------------------------
 
 
-def _arrays(recorded: _Recorded, batch: Batch) -> Traced:
+def _arrays(recorded: _Recorded, batch: Batch, addresses: tuple[int, ...]) -> Traced:
     from seqdgm.kernels.particles_cpu_traced import Traced
 
     if recorded.joint:
@@ -315,7 +323,11 @@ def _arrays(recorded: _Recorded, batch: Batch) -> Traced:
     u = batch.u[:, : batch.n_steps]
     tensors = (u.double(), batch.x.double(), batch.mask)
     u_, y, mask = (np.ascontiguousarray(tensor.numpy()) for tensor in tensors)
-    return Traced(np.array(recorded.tape.values, dtype=np.float64), u_, y, mask)
+    kinds = np.zeros((2, recorded.program.draws), dtype=np.int64)
+    for row, own in zip(kinds, recorded.program.kinds, strict=True):
+        row[: len(own)] = own
+    values = np.array(recorded.tape.values, dtype=np.float64)
+    return Traced(values, u_, y, mask, kinds, np.array(addresses, dtype=np.int64))
 
 
 def _verify(model: StateSpaceModel, batch: Batch, recorded: _Recorded, work: Any) -> None:

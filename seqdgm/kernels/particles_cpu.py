@@ -23,6 +23,7 @@ from seqdgm.kernels import (
     particles_cpu_math,
     particles_cpu_models,
     particles_cpu_resample,
+    particles_cpu_traced,
     particles_reference,
     particles_types,
     philox,
@@ -211,6 +212,11 @@ class Work(NamedTuple):
     sizes: Sizes
 
 
+def traced(model: particles_cpu_traced.Traced, sizes: Sizes) -> Work:
+    """The filter of generated functions."""
+    return Work(_compiled("traced"), model, model.y.shape[1], sizes)
+
+
 def bootstrap(
     work: Work, lengths: Tensor, count: int, seed: int, threshold: float, wanted: int
 ) -> Bootstrapped:
@@ -291,6 +297,8 @@ def _compiled(name: str) -> Callable[..., None]:
         "gather": particles_cpu_resample.bind_gather,
         "pick": particles_cpu_resample.bind_pick,
         "filter": particles_cpu_models.bind_filter,
+        "traced": particles_cpu_traced.bind_filter,
     }[name]
     sources = (philox, particles_types, particles_cpu_math, particles_cpu_resample)
-    return compiled(bind(digest(*sources, particles_cpu_filter, particles_cpu_models)))
+    models = (particles_cpu_models, particles_cpu_traced)
+    return compiled(bind(digest(*sources, particles_cpu_filter, *models)))

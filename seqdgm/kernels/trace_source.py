@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +45,8 @@ _PLAIN = {
     "or": "{0} | {1}",
     "xor": "{0} ^ {1}",
     "truth": "{0} != 0",
+    "indicator": "1.0 if {0} else 0.0",
+    "count": "1 if {0} else 0",
     "isnan": "{0} != {0}",
     "isinf": "abs({0}) == math.inf",
     "isfinite": "abs({0}) < math.inf",
@@ -73,25 +74,28 @@ _HEADER = '''"""Generated: the step of a bootstrap particle filter. Sources {sou
 import math
 
 import numpy as np
+from numba import carray
 
-from seqdgm.kernels.cached import compiled
-from seqdgm.kernels.particles_cpu_math import called, exp, normals, uniforms, wide
-from seqdgm.kernels.particles_cpu_traced import bind_traced
+from seqdgm.kernels.particles_cpu_math import exp, wide
+from seqdgm.kernels.particles_cpu_traced import mover, scorer
 from seqdgm.kernels.trace_math import log, look_up, maximum, minimum, relu, sigmoid, xlogy
-
 '''
-_FOOTER = """
-run = bind_traced(initial, transition, density)
-
-
-@compiled
-def bootstrap(
-    part, model, cloud, scratch, key, threshold, output, series, lengths, t, start, stop
-):
-    run(part, model, cloud, scratch, key, threshold, output, series, lengths, t, start, stop)
+_MOVE = """
+@mover
+def {name}(p_, u_, t, n, w_):
+    wide()
+    p, u, w = carray(p_, ({values},)), carray(u_, ({inputs},)), carray(w_, ({memory},))
 """
-_MOVE = "@called\ndef {name}(p, u, t, key, s, first, n, draws, w):\n    wide()\n"
-_DENSITY = "@called\ndef density(p, u, t, x, seen, n, w, log_weights):\n    wide()\n"
+_DENSITY = """
+@scorer
+def density(p_, u_, t, x_, element, n, w_, log_weights_):
+    wide()
+    p, u, w = carray(p_, ({values},)), carray(u_, ({inputs},)), carray(w_, ({memory},))
+    x, log_weights = carray(x_, ({obs},)), carray(log_weights_, (n,))
+"""
+_FOOTER = """
+ADDRESSES = (initial.address, transition.address, density.address)
+"""
 
 
 class Program(NamedTuple):
@@ -101,18 +105,19 @@ class Program(NamedTuple):
     ----------
     initial, transition : sequence of int
         The elements of the state after the move.
-    kinds : pair of sequences of str
-        Of the draws that each of the two needs: "normal" or "uniform".
+    kinds : pair of sequences of int
+        Of the draws that each of the two needs (`seqdgm.kernels.particles_cpu_traced`).
     density : sequence of int
         Log-density of each element of the observation, or of the whole vector.
-    obs : int
-        Elements of the observation.
+    inputs, obs : int
+        Known inputs, and elements of the observation.
     """
 
     initial: Sequence[int]
     transition: Sequence[int]
-    kinds: tuple[Sequence[str], Sequence[str]]
+    kinds: tuple[Sequence[int], Sequence[int]]
     density: Sequence[int]
+    inputs: int
     obs: int
 
     @property
@@ -122,7 +127,7 @@ class Program(NamedTuple):
 
 
 def write(tape: Tape, program: Program) -> str:
-    """Source code of a module whose `bootstrap` is the filter.
+    """Source code of a module with the addresses of the three functions.
 
     Raises
     ------
@@ -131,46 +136,25 @@ def write(tape: Tape, program: Program) -> str:
     """
     state = len(program.initial)
     rows = {"old": 0, "noise": state, "new": state + program.draws}
-    moves = [
-        _move(tape, rows, name, kinds, nodes)
-        for name, kinds, nodes in zip(
-            ("initial", "transition"),
-            program.kinds,
-            (program.initial, program.transition),
-            strict=True,
-        )
-    ]
-    density = _density(tape, rows, program)
-    return "\n\n".join([_HEADER.format(sources=_sources()), *moves, density]) + _FOOTER
-
-
-def _move(
-    tape: Tape, rows: dict[str, int], name: str, kinds: Sequence[str], nodes: Sequence[int]
-) -> str:
-    drawn, k = "", 0
-    for kind, run in groupby(kinds):
-        count = len(list(run))
-        # A constant for the row would compile the draws anew.
-        drawn += f"    for k in range({k}, {k + count}):\n"
-        drawn += f"        {kind}s(key, s, t, k, first, n, draws[k])\n"
-        k += count
-    stores = [f"w[i + {BLOCK * (rows['new'] + d)}] = float({{{d}}})" for d in range(len(nodes))]
-    return _MOVE.format(name=name) + drawn + _loop(tape, rows, nodes, stores, 4)
-
-
-def _density(tape: Tape, rows: dict[str, int], program: Program) -> str:
-    nodes, obs = program.density, program.obs
-    total = " + ".join(f"{{{d}}}" for d in range(len(nodes)))
-    whole = _loop(tape, rows, nodes, [f"log_weights[i] += {total}"], 8)
-    seen = " and ".join(f"seen[{d}]" for d in range(obs))
-    text = f"{_DENSITY}    if {seen}:\n{whole}"
-    if len(nodes) == 1:
-        return text
-    # The rest is compiled for what is observed in part.
-    text += "        return\n"
-    for d, node in enumerate(nodes):
-        text += f"    if seen[{d}]:\n" + _loop(tape, rows, [node], ["log_weights[i] += {0}"], 8)
-    return text
+    sizes = {
+        "values": len(tape.values),
+        "inputs": program.inputs,
+        "memory": BLOCK * (2 * state + program.draws),
+        "obs": program.obs,
+    }
+    parts = [_HEADER.format(sources=_sources())]
+    for name, nodes in (("initial", program.initial), ("transition", program.transition)):
+        stores = [f"w[i + {BLOCK * (rows['new'] + d)}] = float({{{d}}})" for d in range(state)]
+        parts.append(_MOVE.format(name=name, **sizes) + _loop(tape, rows, nodes, stores, 4))
+    density = program.density
+    total = " + ".join(f"{{{d}}}" for d in range(len(density)))
+    parts.append(f"{_DENSITY.format(**sizes)}    if element == -1:\n")
+    parts[-1] += _loop(tape, rows, density, [f"log_weights[i] += {total}"], 8)
+    # The rest is for what is observed in part.
+    for d, node in enumerate(density if program.obs == len(density) > 1 else ()):
+        parts[-1] += f"    if element == {d}:\n"
+        parts[-1] += _loop(tape, rows, [node], ["log_weights[i] += {0}"], 8)
+    return "\n".join([*parts, _FOOTER])
 
 
 def _loop(
@@ -234,8 +218,11 @@ def cache_directory() -> Path:
 
 
 @cache
-def load(source: str) -> Callable[..., None]:
-    """The filter of a generated module, compiled, or read from the disk where it was before."""
+def load(source: str) -> tuple[int, ...]:
+    """Addresses of the functions of a generated module, which stay until the process ends.
+
+    They are compiled, or read from the disk where they were before.
+    """
     name = f"step_{sha256(source.encode()).hexdigest()[:32]}"
     folder = cache_directory()
     path = folder / f"{name}.py"
@@ -252,5 +239,5 @@ def load(source: str) -> Callable[..., None]:
     module = module_from_spec(spec)
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
-    loop: Callable[..., None] = module.bootstrap
-    return loop
+    addresses: tuple[int, ...] = module.ADDRESSES
+    return addresses

@@ -25,10 +25,8 @@ _INPUTS = {"p": CONSTANT, "u": STEP, "t": STEP, "x": STEP}
 _CHECKS = ("__init__", "_validate_sample")
 REMEDY = "write it otherwise, or leave compile=False"
 # Their results hold no number of the tensor that they are given.
-_SHAPES_ONLY = (
-    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-    "new_empty_strided"
-).split()
+_NEW = ("zeros", "ones", "full", "empty", "empty_strided")
+_SHAPES_ONLY = [f"{name}_like" for name in _NEW] + [f"new_{name}" for name in _NEW]
 
 
 class Node(NamedTuple):
@@ -153,11 +151,13 @@ class Tape:
 
     def cast(self, ids: Ids, kind: torch.dtype, like: torch.dtype) -> Ids:
         """Numbers of one type as those of another."""
-        if like.is_floating_point:
-            return ids if kind.is_floating_point else self.each("float", ids)
         if like == torch.bool:
             return ids if kind == torch.bool else self.each("truth", ids)
-        return self.each("int", ids) if kind.is_floating_point or kind == torch.bool else ids
+        if kind == torch.bool:
+            return self.each("indicator" if like.is_floating_point else "count", ids)
+        if kind.is_floating_point == like.is_floating_point:
+            return ids
+        return self.each("float" if like.is_floating_point else "int", ids)
 
     def _parameters(self, tensor: Tensor) -> Ids:
         """Elements of a tensor that torch has computed; those at one address are one."""
