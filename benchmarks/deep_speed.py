@@ -27,6 +27,8 @@ from deep import chords, padded
 from torch import nn
 
 import seqdgm as sq
+from seqdgm.models.srnn import SRNN
+from seqdgm.models.vrnn import VRNN
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,51 @@ def lstm(sizes: Sizes) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[Sizes], Task]] = {"dmm": dmm, "lstm": lstm}
+def beside(
+    of: str, model: sq.SequenceModel, how: dict[str, object], reference: Contender, sizes: Sizes
+) -> Task:
+    """Other arithmetic than the reference's, so that there is nothing to compare but time."""
+    data = chords(sizes)
+    return Task(
+        title(of, sizes),
+        [Contender("seqdgm, whole `fit`", fits(model, data, **how), objective), reference],
+        lambda _: "other models or objectives: nothing to compare but time",
+        units=sizes.epochs,
+    )
+
+
+def reference(name: str, model: sq.SequenceModel, sizes: Sizes) -> Contender:
+    """Another epoch of seqdgm's own."""
+    return Contender(name, fits(model, chords(sizes)), objective, package="seqdgm")
+
+
+def recurrent_latent(kind: type[sq.SequenceModel], sizes: Sizes) -> sq.SequenceModel:
+    return kind(sizes.latent, sizes.hidden, sizes.encoder, kl_warmup=0, **options(sizes))
+
+
+def vrnn(sizes: Sizes) -> Task:
+    model, dmm = recurrent_latent(VRNN, sizes), recurrent_latent(sq.DMM, sizes)
+    return beside("VRNN", model, {}, reference("DMM, GRU encoder", dmm, sizes), sizes)
+
+
+def srnn(sizes: Sizes) -> Task:
+    model, dmm = recurrent_latent(SRNN, sizes), recurrent_latent(sq.DMM, sizes)
+    return beside("SRNN", model, {}, reference("DMM, GRU encoder", dmm, sizes), sizes)
+
+
+def fivo(sizes: Sizes) -> Task:
+    model = recurrent_latent(VRNN, sizes)
+    how = {"method": "fivo", "n_particles": 4}
+    return beside("VRNN by FIVO(4)", model, how, reference("VRNN by ELBO", model, sizes), sizes)
+
+
+TASKS: dict[str, Callable[[Sizes], Task]] = {
+    "dmm": dmm,
+    "lstm": lstm,
+    "vrnn": vrnn,
+    "srnn": srnn,
+    "fivo": fivo,
+}
 
 if __name__ == "__main__":
     main("deep_speed", __doc__, TASKS, full=FULL, tiny=TINY)
