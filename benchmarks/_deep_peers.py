@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from deep import log_bernoulli, padded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP, BATCH = 8e-4, 1e-4, 10.0, 20
-MIN_SCALE = 1e-3
-
-
-def padded(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Sequences one below the other, and their lengths."""
-    tensors = [torch.from_numpy(s).float() for s in sequences]
-    lengths = torch.tensor([len(s) for s in sequences])
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True), lengths
+MIN_SCALE = 1e-3  # added to every scale, as seqdgm does
 
 
 def backwards(x: Tensor, lengths: Tensor) -> Tensor:
@@ -26,11 +20,6 @@ def backwards(x: Tensor, lengths: Tensor) -> Tensor:
     back = lengths[:, None] - 1 - t
     place = torch.where(back >= 0, back, t)[..., None]
     return x.gather(1, place.expand_as(x))
-
-
-def log_bernoulli(logits: Tensor, x: Tensor) -> Tensor:
-    """Log-probability of each vector of keys."""
-    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
 
 
 class PlainDMM(nn.Module):
@@ -99,8 +88,26 @@ class PlainDMM(nn.Module):
         return backwards(out, lengths)
 
 
-def train_by_hand(model: nn.Module, sequences: Sequence[np.ndarray]) -> Callable[[], float]:
-    """A call that trains one epoch and gives its objective in nats a step."""
+class PlainLSTM(nn.Module):
+    """`torch.nn.LSTM` over the previous step, parameters named as in seqdgm."""
+
+    def __init__(self, keys: int, hidden: int) -> None:
+        super().__init__()
+        self.rnn = nn.Module()
+        self.rnn.rnn = nn.LSTM(keys, hidden, batch_first=True)
+        self.rnn.start = nn.Parameter(torch.zeros(2, 1, hidden))
+        self.head = nn.ModuleDict({"linear": nn.Linear(hidden, keys)})
+
+    def forward(self, x: Tensor, lengths: Tensor, beta: float) -> Tensor:
+        """Log-likelihood of each step."""
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+        start = tuple(part[:, None].expand(-1, len(x), -1).contiguous() for part in self.rnn.start)
+        out, _ = self.rnn.rnn(before, start)
+        return log_bernoulli(self.head["linear"](out), x)
+
+
+def train_by_hand(model: nn.Module, sequences: list[np.ndarray]) -> Callable[[], float]:
+    """A call that trains one more epoch and gives its objective in nats a step."""
     x, lengths = padded(sequences)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
@@ -138,7 +145,7 @@ class _PyroTransition(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         gate, proposed = self.gate(z), self.proposed(z)
         loc = (1 - gate) * self.linear(z) + gate * proposed
-        return loc, F.softplus(self.scale(F.relu(proposed)))
+        return loc, F.softplus(self.scale(F.relu(proposed))) + MIN_SCALE
 
 
 class PyroDMM(nn.Module):
@@ -193,12 +200,51 @@ class PyroDMM(nn.Module):
         with pyro.plate("series", len(x)):
             for t in pyro.markov(range(x.shape[1])):
                 hidden = 0.5 * (torch.tanh(self.from_state(z)) + summaries[:, t])
-                law = dist.Normal(self.to_loc(hidden), F.softplus(self.to_scale(hidden)))
+                scale = F.softplus(self.to_scale(hidden)) + MIN_SCALE
+                law = dist.Normal(self.to_loc(hidden), scale)
                 z = pyro.sample(f"z{t}", law.mask(mask[:, t : t + 1]).to_event(1))
 
+    def take_over(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the networks to weights of `PlainDMM`."""
+        keys = self.rnn.weight_ih_l0.shape[1]
+        own = dict(self.named_parameters())
+        hidden, reads = weights["gated.hidden.weight"], weights["encoder.cell.rnn.weight_ih_l0"]
+        half = len(hidden) // 2
+        given = {
+            "transition.gate.0.weight": hidden[:half],
+            "transition.gate.0.bias": weights["gated.hidden.bias"][:half],
+            "transition.proposed.0.weight": hidden[half:],
+            "transition.proposed.0.bias": weights["gated.hidden.bias"][half:],
+            "rnn.weight_ih_l0": reads[:, :keys],
+            # The columns of the mask, which is one everywhere.
+            "rnn.bias_ih_l0": weights["encoder.cell.rnn.bias_ih_l0"] + reads[:, keys:].sum(1),
+            "rnn.weight_hh_l0": weights["encoder.cell.rnn.weight_hh_l0"],
+            "rnn.bias_hh_l0": weights["encoder.cell.rnn.bias_hh_l0"],
+            "h0": weights["encoder.cell.start"],
+            "z0": weights["z0"],
+            "zq0": weights["z0"],
+        }
+        for name, source in (("transition.gate.2", "gate"), ("transition.proposed.2", "proposed")):
+            given |= _linear(weights, name, f"gated.{source}")
+        for name in ("linear", "scale"):
+            given |= _linear(weights, f"transition.{name}", f"gated.{name}")
+        for name, source in (("0", "features.0"), ("2", "features.2"), ("4", "head.linear")):
+            given |= _linear(weights, f"emitter.{name}", source)
+        given |= _linear(weights, "from_state", "combiner.state")
+        for kind in ("weight", "bias"):
+            out = weights[f"combiner.out.{kind}"]
+            given[f"to_loc.{kind}"], given[f"to_scale.{kind}"] = out.chunk(2)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(given[name])
 
-def train_by_pyro(net: PyroDMM, sequences: Sequence[np.ndarray]) -> Callable[[], float]:
-    """A call that trains one epoch with Trace_ELBO and gives its objective in nats a step."""
+
+def _linear(weights: Mapping[str, Tensor], name: str, source: str) -> dict[str, Tensor]:
+    return {f"{name}.{kind}": weights[f"{source}.{kind}"] for kind in ("weight", "bias")}
+
+
+def train_by_pyro(net: PyroDMM, sequences: list[np.ndarray]) -> Callable[[], float]:
+    """A call that trains one more epoch with Trace_ELBO and gives its objective in nats a step."""
     import pyro
     from pyro.infer import SVI, Trace_ELBO
     from pyro.optim import ClippedAdam
@@ -219,3 +265,13 @@ def train_by_pyro(net: PyroDMM, sequences: Sequence[np.ndarray]) -> Callable[[],
         return -loss / int(lengths.sum())
 
     return epoch
+
+
+def pyro_bound(net: PyroDMM, sequences: list[np.ndarray]) -> float:
+    """One-sample estimate of the total bound."""
+    from pyro.infer import Trace_ELBO
+
+    x, lengths = padded(sequences)
+    mask = torch.arange(x.shape[1]) < lengths[:, None]
+    given = (x, backwards(x, lengths), mask, lengths)
+    return -Trace_ELBO().loss(net.model, net.guide, *given)
