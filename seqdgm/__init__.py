@@ -38,6 +38,12 @@ _HOME = {
     "SwitchingLinearSSM": "seqdgm.models.switching",
     "RNN": "seqdgm.models.rnn",
     "DMM": "seqdgm.models.dmm",
+    "VRNN": "seqdgm.models.vrnn",
+    "SRNN": "seqdgm.models.srnn",
+    "ZForcing": "seqdgm.models.zforcing",
+    "STORN": "seqdgm.models.storn",
+    "Noisin": "seqdgm.models.noisin",
+    "LSTMSSM": "seqdgm.models.lstm_ssm",
     "load": "seqdgm.serialize",
     "abc": "seqdgm.inference.abc_smc",
     "pmmh": "seqdgm.inference.pmcmc",
@@ -53,8 +59,12 @@ _MODULES = ("datasets", "testing", "plotting")
 __all__ = [
     "ARIMA",
     "DMM",
+    "LSTMSSM",
     "RNN",
+    "SRNN",
+    "STORN",
     "VARMA",
+    "VRNN",
     "AutoARIMA",
     "Comparison",
     "DynamicFactor",
@@ -62,6 +72,7 @@ __all__ = [
     "Forecast",
     "LinearGaussianSSM",
     "LogProb",
+    "Noisin",
     "Panel",
     "ParameterPosterior",
     "SeasonalNaive",
@@ -71,6 +82,7 @@ __all__ = [
     "StochasticVolatility",
     "StructuralSSM",
     "SwitchingLinearSSM",
+    "ZForcing",
     "abc",
     "backtest",
     "compare",
@@ -98,11 +110,17 @@ if TYPE_CHECKING:
     from seqdgm.models.dmm import DMM
     from seqdgm.models.dynamic_factor import DynamicFactor
     from seqdgm.models.linear_gaussian import LinearGaussianSSM
+    from seqdgm.models.lstm_ssm import LSTMSSM
+    from seqdgm.models.noisin import Noisin
     from seqdgm.models.rnn import RNN
+    from seqdgm.models.srnn import SRNN
     from seqdgm.models.stochastic_volatility import StochasticVolatility
+    from seqdgm.models.storn import STORN
     from seqdgm.models.structural import StructuralSSM
     from seqdgm.models.switching import SwitchingLinearSSM
     from seqdgm.models.varma import VARMA
+    from seqdgm.models.vrnn import VRNN
+    from seqdgm.models.zforcing import ZForcing
     from seqdgm.panel import Panel
     from seqdgm.recursion import StateSpaceModel
     from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
