@@ -15,7 +15,8 @@ A model can be compiled whose functions
 - have no course that depends on the state, the inputs or the step (`torch.where` in place of
   ``if``), write into no tensor, and draw no random numbers of their own;
 - return for the first state and the transition one of the laws in `LAWS`, and for the emission any
-  law whose log-density torch computes by operations in `seqdgm.kernels.trace_ops`;
+  law whose log-density torch computes by operations with a formula (`seqdgm.kernels.trace_ops`,
+  `seqdgm.kernels.trace_shapes`);
 - compute in float64 on the CPU with parameters that all series share.
 """
 
@@ -194,7 +195,7 @@ def _it(names: list[str]) -> str:
 
 def _record(model: StateSpaceModel, batch: Batch) -> _Recorded:
     """Call the functions of the model once, with one series and one particle."""
-    from seqdgm.kernels.trace_ops import FORMULAS
+    from seqdgm.kernels.trace_shapes import FORMULAS
     from seqdgm.kernels.trace_source import Program
     from seqdgm.kernels.trace_tape import Recorder, Tape
 
@@ -251,7 +252,8 @@ def _declare(tape: Tape, tensor: Tensor, op: str, first: int) -> Tensor:
 
 def _declare_inputs(tape: Tape, batch: Batch, step: int) -> Inputs:
     values = _declare(tape, batch.u[:1, step][:, None].clone(), "u", 0)
-    return Inputs(values, _declare(tape, torch.tensor(step), "t", 0))
+    # Torch takes an index without axes for a Python number.
+    return Inputs(values, _declare(tape, torch.tensor([step]), "t", 0))
 
 
 def _noise(kind: int, dim: int) -> Tensor:
