@@ -142,6 +142,8 @@ def bootstrap(
     _check_options(model, options)
     with torch.no_grad():
         recorded = _record(model, batch)
+        if recorded.joint:
+            _check_whole(batch)
         program = recorded.program
         state = len(program.initial)
         data = _arrays(recorded, batch, load(write(recorded.tape, program)))
@@ -311,17 +313,19 @@ def _quiet(law: Distribution) -> Distribution:
 # -- data, and the comparison -------------------------------------------------------------------
 
 
+def _check_whole(batch: Batch) -> None:
+    partly = torch.nonzero(batch.mask.any(2) & ~batch.mask.all(2))
+    if len(partly):
+        k, t = partly[0].tolist()
+        raise ValueError(
+            f"series {batch.ids[k]!r}, step {t} is observed in part under a joint emission, which "
+            f"compile=True does not marginalise; {_REMEDY}"
+        )
+
+
 def _arrays(recorded: _Recorded, batch: Batch, addresses: tuple[int, ...]) -> Traced:
     from seqdgm.kernels.particles_cpu_traced import Traced
 
-    if recorded.joint:
-        partly = torch.nonzero(batch.mask.any(2) & ~batch.mask.all(2))
-        if len(partly):
-            k, t = partly[0].tolist()
-            raise ValueError(
-                f"series {batch.ids[k]!r}, step {t} is observed in part under a joint emission, "
-                f"which compile=True does not marginalise; {_REMEDY}"
-            )
     u = batch.u[:, : batch.n_steps]
     tensors = (u.double(), batch.x.double(), batch.mask)
     u_, y, mask = (np.ascontiguousarray(tensor.numpy()) for tensor in tensors)
@@ -355,8 +359,9 @@ def _verify(model: StateSpaceModel, batch: Batch, recorded: _Recorded, work: Any
         if batch.n_steps <= first:
             return
         # A step that is observed, if there is one.
-        k, t = divmod(int(seen[:, first:].int().argmax()), batch.n_steps - first)
-        t = t + first if first else 0
+        steps = seen[:, first:] if first else seen[:, :1]
+        k, t = divmod(int(steps.int().argmax()), steps.shape[1])
+        t += first
         args = (work.model, cloud, scratch, key, 0.5, output, k, lengths, t, 0, _CHECKED)
         work.loop(BEGIN, *args)
         cloud.facts[BASE] = 0.0
