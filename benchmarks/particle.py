@@ -78,7 +78,7 @@ def ours(
     n_particles: int,
     **options: Any,
 ) -> list[Contender]:
-    """The package's own model with one and two threads, then the user's."""
+    """The package's own model with one and two threads, then the user's, driven and compiled."""
     name = f"seqdgm, {type(given).__name__}"
     run = partial(evidence, data=data, n_particles=n_particles, **options)
     return [
@@ -86,6 +86,9 @@ def ours(
         Contender(f"{name}, 2 threads", lambda: run(given, threads=2), values),
         Contender("seqdgm, user's model", lambda: run(written(True)), values),
         Contender("seqdgm, user's model, unchecked", lambda: run(written(False)), values),
+        Contender(
+            "seqdgm, user's model, compiled", lambda: run(written(True), compile=True), values
+        ),
     ]
 
 

@@ -15,7 +15,8 @@ A model can be compiled whose functions
 - have no course that depends on the state, the inputs or the step (`torch.where` in place of
   ``if``), write into no tensor, and draw no random numbers of their own;
 - return for the first state and the transition one of the laws in `LAWS`, and for the emission any
-  law whose log-density torch computes by operations in `seqdgm.kernels.trace_ops`;
+  law whose log-density torch computes by operations with a formula (`seqdgm.kernels.trace_ops`,
+  `seqdgm.kernels.trace_shapes`);
 - compute in float64 on the CPU with parameters that all series share.
 """
 
@@ -141,6 +142,8 @@ def bootstrap(
     _check_options(model, options)
     with torch.no_grad():
         recorded = _record(model, batch)
+        if recorded.joint:
+            _check_whole(batch)
         program = recorded.program
         state = len(program.initial)
         data = _arrays(recorded, batch, load(write(recorded.tape, program)))
@@ -194,7 +197,7 @@ def _it(names: list[str]) -> str:
 
 def _record(model: StateSpaceModel, batch: Batch) -> _Recorded:
     """Call the functions of the model once, with one series and one particle."""
-    from seqdgm.kernels.trace_ops import FORMULAS
+    from seqdgm.kernels.trace_shapes import FORMULAS
     from seqdgm.kernels.trace_source import Program
     from seqdgm.kernels.trace_tape import Recorder, Tape
 
@@ -251,7 +254,8 @@ def _declare(tape: Tape, tensor: Tensor, op: str, first: int) -> Tensor:
 
 def _declare_inputs(tape: Tape, batch: Batch, step: int) -> Inputs:
     values = _declare(tape, batch.u[:1, step][:, None].clone(), "u", 0)
-    return Inputs(values, _declare(tape, torch.tensor(step), "t", 0))
+    # Torch takes an index without axes for a Python number.
+    return Inputs(values, _declare(tape, torch.tensor([step]), "t", 0))
 
 
 def _noise(kind: int, dim: int) -> Tensor:
@@ -309,17 +313,19 @@ def _quiet(law: Distribution) -> Distribution:
 # -- data, and the comparison -------------------------------------------------------------------
 
 
+def _check_whole(batch: Batch) -> None:
+    partly = torch.nonzero(batch.mask.any(2) & ~batch.mask.all(2))
+    if len(partly):
+        k, t = partly[0].tolist()
+        raise ValueError(
+            f"series {batch.ids[k]!r}, step {t} is observed in part under a joint emission, which "
+            f"compile=True does not marginalise; {_REMEDY}"
+        )
+
+
 def _arrays(recorded: _Recorded, batch: Batch, addresses: tuple[int, ...]) -> Traced:
     from seqdgm.kernels.particles_cpu_traced import Traced
 
-    if recorded.joint:
-        partly = torch.nonzero(batch.mask.any(2) & ~batch.mask.all(2))
-        if len(partly):
-            k, t = partly[0].tolist()
-            raise ValueError(
-                f"series {batch.ids[k]!r}, step {t} is observed in part under a joint emission, "
-                f"which compile=True does not marginalise; {_REMEDY}"
-            )
     u = batch.u[:, : batch.n_steps]
     tensors = (u.double(), batch.x.double(), batch.mask)
     u_, y, mask = (np.ascontiguousarray(tensor.numpy()) for tensor in tensors)
@@ -353,8 +359,9 @@ def _verify(model: StateSpaceModel, batch: Batch, recorded: _Recorded, work: Any
         if batch.n_steps <= first:
             return
         # A step that is observed, if there is one.
-        k, t = divmod(int(seen[:, first:].int().argmax()), batch.n_steps - first)
-        t = t + first if first else 0
+        steps = seen[:, first:] if first else seen[:, :1]
+        k, t = divmod(int(steps.int().argmax()), steps.shape[1])
+        t += first
         args = (work.model, cloud, scratch, key, 0.5, output, k, lengths, t, 0, _CHECKED)
         work.loop(BEGIN, *args)
         cloud.facts[BASE] = 0.0

@@ -48,7 +48,7 @@ from seqdgm.inference.resampling import (
     inherit,
     weigh,
 )
-from seqdgm.inference.steps import lookahead, propose, renewing
+from seqdgm.inference.steps import evidence_stderr, lookahead, propose, renewing
 from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Inputs, tree_map
 
@@ -322,7 +322,7 @@ def _run(
         torch.stack(cloud.ess, 1),
         cloud.log_weights,
         cloud.s,
-        _evidence_stderr(cloud),
+        evidence_stderr(cloud),
         cloud,
     )
 
@@ -491,15 +491,3 @@ def _check(cloud: Cloud, batch: Batch, t: int, collapse: Literal["raise", "zero"
             "is not a number; the observation is impossible under the model, or the model "
             "returned NaN: check the observation, use a heavier-tailed emission or more particles"
         )
-
-
-def _evidence_stderr(cloud: Cloud) -> Float[Tensor, "series"]:
-    n, count = cloud.eve.shape
-    if count == 1:
-        return cloud.log_weights.new_full((n,), torch.inf)
-    weights = cloud.log_weights.detach().exp()
-    families = torch.zeros_like(weights).scatter_add_(1, cloud.eve, weights)
-    growth = (count / (count - 1.0)) ** (cloud.resamplings + 1).double()
-    relative = 1.0 - growth * (1.0 - families.square().sum(1))
-    single = families.max(1).values > 1 - 1e-12
-    return torch.where(single, torch.inf, relative.clamp_min(0.0).sqrt())

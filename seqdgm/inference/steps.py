@@ -14,6 +14,7 @@ from seqdgm.inference.resampling import Resampled, Resampler, normalise, resampl
 from seqdgm.nn import distributions as dist
 
 if TYPE_CHECKING:
+    from seqdgm.inference.smc import Cloud
     from seqdgm.inference.smc import _Facts as Facts
     from seqdgm.inference.smc import _Plan as Plan
     from seqdgm.recursion import StateSpaceModel
@@ -116,3 +117,16 @@ def _follow(
     if reference is not None:
         z[:, 0] = torch.where(now.inside[:, None], reference.z[:, t].to(z), z[:, 0])
     return z
+
+
+def evidence_stderr(cloud: Cloud) -> Float[Tensor, "series"]:
+    """Standard error of the log-evidence (Lee and Whiteley 2018, equation 8)."""
+    n, count = cloud.eve.shape
+    if count == 1:
+        return cloud.log_weights.new_full((n,), torch.inf)
+    weights = cloud.log_weights.detach().exp()
+    families = torch.zeros_like(weights).scatter_add_(1, cloud.eve, weights)
+    growth = (count / (count - 1.0)) ** (cloud.resamplings + 1).double()
+    relative = 1.0 - growth * (1.0 - families.square().sum(1))
+    single = families.max(1).values > 1 - 1e-12
+    return torch.where(single, torch.inf, relative.clamp_min(0.0).sqrt())
