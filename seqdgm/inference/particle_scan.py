@@ -112,6 +112,7 @@ def particle_scan(
     context = model.encode(batch)
     over_time = fed(model, batch, context)
     given = None if over_time is None else tree_unbind(over_time, 1)
+    summaries = None if context is None else context[:, None].unbind(2)
     drawn = model.feedback and given is None
     cloud = _Cloud(
         model.start(shape),
@@ -129,7 +130,7 @@ def particle_scan(
         if cloud.x is not None:
             read = model.embed(cloud.x)
         h = model.advance(cloud.s, read, u)
-        law = _law(model, h, None if context is None else context[:, t, None], u, how)
+        law = _law(model, h, None if summaries is None else summaries[t], u, how)
         law = dist.expand(law, shape, model.latent_dim)
         z = dist.sample(law, generator, reparameterised=how.reparameterised)
         cloud.s = model.absorb(h, z)
