@@ -221,6 +221,20 @@ def test_every_step_weighs_the_same_in_all_minibatches() -> None:
     )
 
 
+def test_an_epoch_gives_every_minibatch_the_weight_of_its_steps(monkeypatch) -> None:
+    seen, update = [], Updater.__call__
+
+    def watch(self, batch, *, weight, **rest):
+        seen.append((weight, int(batch.lengths.sum())))
+        return update(self, batch, weight=weight, **rest)
+
+    monkeypatch.setattr(Updater, "__call__", watch)
+    sq.RNN("gru", 2, max_epochs=1, batch_size=2).fit(waves(), seed=0, valid_fraction=0.0)
+    given, steps = np.array(seen).T
+    assert len(set(steps)) > 1
+    np.testing.assert_allclose(given, 3 / sum(map(len, waves())))
+
+
 def test_weights_decay_but_biases_do_not() -> None:
     model = sq.RNN("gru", 3, max_epochs=1)
     still = model.clone().fit(waves(), seed=0, learning_rate=1e-3, weight_decay=0.0)

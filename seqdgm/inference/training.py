@@ -337,6 +337,7 @@ def _validate(run: Run, held: Held) -> float:
 def _report(run: Run) -> FitReport:
     state = run.state
     stopped = run.done and not state.message and state.epoch < run.opts.max_epochs
+    curves: dict[str, Any] = {name: tuple(values) for name, values in vars(state.curves).items()}
     return FitReport(
         method=run.identity["method"],
         converged=np.array([stopped]),
@@ -344,7 +345,7 @@ def _report(run: Run) -> FitReport:
         seconds=state.seconds + time.monotonic() - run.begin,
         messages=(state.message,) if state.message else (),
         best_epoch=state.best_epoch + 1,
-        **{name: tuple(values) for name, values in vars(state.curves).items()},
+        **curves,
     )
 
 
