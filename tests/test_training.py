@@ -468,3 +468,20 @@ def test_objectives_take_their_own_settings() -> None:
     options = read_options(sq.DMM(), "elbo", {"free_bits": 0.5, "n_particles": 3})
     assert (options.objective.free_bits, options.objective.n_particles) == (0.5, 3)
     assert read_options(sq.RNN(), "mle", {}).objective.name == "elbo"
+
+
+class Latent(sq.DMM):
+    learners = dict.fromkeys(("elbo", "iwae", "fivo", "rws"), "gradient")
+
+
+@pytest.mark.parametrize("method", ["iwae", "fivo", "rws"])
+def test_particle_objectives_train_by_their_names(method: str) -> None:
+    assert read_options(sq.DMM(), method, {}).objective.n_particles == 4
+    model = Latent(1, 3, 3, max_epochs=2, kl_warmup=0).fit(waves(3, 12), method=method, seed=0)
+    report = model.fit_report_
+    assert report.method == method
+    assert np.isfinite(report.valid_objective).all()
+    # The bound is the reconstruction less the divergence, with the full weight of the latter.
+    np.testing.assert_allclose(
+        np.array(report.reconstruction) - report.divergence, report.objective, rtol=1e-5
+    )
