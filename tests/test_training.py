@@ -221,6 +221,20 @@ def test_every_step_weighs_the_same_in_all_minibatches() -> None:
     )
 
 
+def test_an_epoch_gives_every_minibatch_the_weight_of_its_steps(monkeypatch) -> None:
+    seen, update = [], Updater.__call__
+
+    def watch(self, batch, *, weight, **rest):
+        seen.append((weight, int(batch.lengths.sum())))
+        return update(self, batch, weight=weight, **rest)
+
+    monkeypatch.setattr(Updater, "__call__", watch)
+    sq.RNN("gru", 2, max_epochs=1, batch_size=2).fit(waves(), seed=0, valid_fraction=0.0)
+    given, steps = np.array(seen).T
+    assert len(set(steps)) > 1
+    np.testing.assert_allclose(given, 3 / sum(map(len, waves())))
+
+
 def test_weights_decay_but_biases_do_not() -> None:
     model = sq.RNN("gru", 3, max_epochs=1)
     still = model.clone().fit(waves(), seed=0, learning_rate=1e-3, weight_decay=0.0)
@@ -454,3 +468,20 @@ def test_objectives_take_their_own_settings() -> None:
     options = read_options(sq.DMM(), "elbo", {"free_bits": 0.5, "n_particles": 3})
     assert (options.objective.free_bits, options.objective.n_particles) == (0.5, 3)
     assert read_options(sq.RNN(), "mle", {}).objective.name == "elbo"
+
+
+class Latent(sq.DMM):
+    learners = dict.fromkeys(("elbo", "iwae", "fivo", "rws"), "gradient")
+
+
+@pytest.mark.parametrize("method", ["iwae", "fivo", "rws"])
+def test_particle_objectives_train_by_their_names(method: str) -> None:
+    assert read_options(sq.DMM(), method, {}).objective.n_particles == 4
+    model = Latent(1, 3, 3, max_epochs=2, kl_warmup=0).fit(waves(3, 12), method=method, seed=0)
+    report = model.fit_report_
+    assert report.method == method
+    assert np.isfinite(report.valid_objective).all()
+    # The bound is the reconstruction less the divergence, with the full weight of the latter.
+    np.testing.assert_allclose(
+        np.array(report.reconstruction) - report.divergence, report.objective, rtol=1e-5
+    )

@@ -35,7 +35,7 @@ def data() -> list[np.ndarray]:
 
 
 def dropping() -> Dropping:
-    return Dropping(2, 4, 4, max_epochs=6, batch_size=2, kl_warmup=3, learning_rate=0.02)
+    return Dropping(2, 4, 4, max_epochs=4, batch_size=2, kl_warmup=2, learning_rate=0.02)
 
 
 OPTIONS: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_resuming_after_an_epoch_gives_the_uninterrupted_run(tmp_path, precision
     options = {**OPTIONS, "precision": precision}
     whole = dropping().fit(data(), **options)
     with pytest.raises(Stop):
-        dropping().fit(data(), checkpoint=path, checkpoint_minutes=0, on_epoch=after(3), **options)
+        dropping().fit(data(), checkpoint=path, checkpoint_minutes=0, on_epoch=after(2), **options)
     resumed = dropping().fit(data(), resume=path, **{**options, "seed": 99})
     assert_same(whole, resumed)
     assert resumed.fit_report_.seconds > 0
@@ -107,9 +107,9 @@ def test_resuming_within_an_epoch_gives_the_uninterrupted_run(tmp_path, monkeypa
 
 def test_a_finished_run_resumes_to_itself_and_can_be_made_longer(tmp_path) -> None:
     path = tmp_path / "run.safetensors"
-    short = dropping().fit(data(), checkpoint=path, max_epochs=3, **OPTIONS)
-    assert_same(short, dropping().fit(data(), resume=path, max_epochs=3, **OPTIONS))
-    longer = dropping().fit(data(), resume=path, max_epochs=6, **OPTIONS)
+    short = dropping().fit(data(), checkpoint=path, max_epochs=2, **OPTIONS)
+    assert_same(short, dropping().fit(data(), resume=path, max_epochs=2, **OPTIONS))
+    longer = dropping().fit(data(), resume=path, max_epochs=4, **OPTIONS)
     assert_same(longer, dropping().fit(data(), **OPTIONS))
 
 

@@ -138,7 +138,7 @@ def fit(
     valid: Batch | None = None,
     **options: Any,
 ) -> FitReport:
-    """Maximise the evidence lower bound (the likelihood itself for a model without latent states).
+    """Maximise a bound of the likelihood (itself, for a model without latent states).
 
     The objectives of the report are in nats per step, in model units. Every step of the data weighs
     the same, however the series are divided into minibatches. The weights of the best validation
@@ -150,8 +150,8 @@ def fit(
     model : StateSpaceModel
         With its weights in place; trained there.
     batch : Batch
-    method : str
-        Name for the report.
+    method : {"elbo", "iwae", "fivo", "rws", "mle"}
+        What is maximised (`seqdgm.inference.objectives`); ``"mle"`` where nothing is latent.
     generator : torch.Generator
     progress : bool
         Show a bar on standard error.
@@ -166,24 +166,12 @@ def fit(
         For an unknown option, a checkpoint of another run, or if not even the first epoch gave a
         finite objective.
     """
-    opts = read_options(model, method, options)
-    opts.check_machine(model.device.type)
-    begin = time.monotonic()
-    updater = Updater.of(model, opts)
-    batch = move(batch, model.device)
-    valid = None if valid is None else move(valid, model.device)
-    state = Progress(draw_seed(generator), draw_seed(generator))
-    noise = torch.Generator(device=model.device)
-    noise.manual_seed(draw_seed(generator) + updater.fabric.global_rank)
-    identity = {"model": _described(model), "method": method, "options": opts.bound()}
-    if opts.checkpoint is not None or opts.resume is not None:
-        identity["data"] = checkpoints.fingerprint(batch, valid)
-    head, held = _hold_out(batch, valid, opts)
-    run = Run(updater, opts, head, held, noise, state, _snapshot(model), identity, begin, begin)
-    with seeded(noise):
+    run = _begin(model, batch, valid, read_options(model, method, options), method, generator)
+    opts = run.opts
+    with seeded(run.generator):
         if opts.resume is not None:
             _resume(run)
-        for _ in _shown(run) if progress and updater.fabric.global_rank == 0 else _train(run):
+        for _ in _shown(run) if progress and run.rank == 0 else _train(run):
             if opts.on_epoch is not None:
                 opts.on_epoch(_report(run))
         if opts.checkpoint is not None:
@@ -198,6 +186,29 @@ def fit(
 def warm_up() -> None:
     """Import what training needs."""
     import_module("lightning_fabric")
+
+
+def _begin(
+    model: StateSpaceModel,
+    batch: Batch,
+    valid: Batch | None,
+    opts: TrainingOptions,
+    method: str,
+    generator: torch.Generator,
+) -> Run:
+    opts.check_machine(model.device.type)
+    begin = time.monotonic()
+    updater = Updater.of(model, opts)
+    batch = move(batch, model.device)
+    valid = None if valid is None else move(valid, model.device)
+    state = Progress(draw_seed(generator), draw_seed(generator))
+    noise = torch.Generator(device=model.device)
+    noise.manual_seed(draw_seed(generator) + updater.fabric.global_rank)
+    identity = {"model": _described(model), "method": method, "options": opts.bound()}
+    if opts.checkpoint is not None or opts.resume is not None:
+        identity["data"] = checkpoints.fingerprint(batch, valid)
+    head, held = _hold_out(batch, valid, opts)
+    return Run(updater, opts, head, held, noise, state, _snapshot(model), identity, begin, begin)
 
 
 def _hold_out(
@@ -337,6 +348,7 @@ def _validate(run: Run, held: Held) -> float:
 def _report(run: Run) -> FitReport:
     state = run.state
     stopped = run.done and not state.message and state.epoch < run.opts.max_epochs
+    curves: dict[str, Any] = {name: tuple(values) for name, values in vars(state.curves).items()}
     return FitReport(
         method=run.identity["method"],
         converged=np.array([stopped]),
@@ -344,7 +356,7 @@ def _report(run: Run) -> FitReport:
         seconds=state.seconds + time.monotonic() - run.begin,
         messages=(state.message,) if state.message else (),
         best_epoch=state.best_epoch + 1,
-        **{name: tuple(values) for name, values in vars(state.curves).items()},
+        **curves,
     )
 
 
