@@ -54,6 +54,8 @@ class DeepModel(StateSpaceModel):
         **training: float,
     ) -> None:
         """Store the hyperparameters that all deep models have."""
+        if emission not in HEADS:
+            raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
         if transform is not None and not HEADS[emission].real_valued:
             raise ValueError(
                 f"transform={transform!r} would take {emission!r} data off their support; use "
@@ -62,8 +64,6 @@ class DeepModel(StateSpaceModel):
         if season is not None and (int(season) != season or season < 2):
             raise ValueError(f"season={season!r} must be a whole number of steps, at least 2")
         self.season = season
-        if emission not in HEADS:
-            raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
         self.emission_name = emission
         self.transform, self.scale = transform, scale
         for name, value in training.items():

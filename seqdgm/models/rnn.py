@@ -41,8 +41,10 @@ class RNN(DeepModel):
     layers : int
         Recurrent layers.
     emission : str
-        Observation model: ``"gaussian" "studentt" "bernoulli" "categorical" "poisson"
-        "negbinomial" "mixture"``.
+        Observation model. Of columns that are independent given the state: ``"gaussian" "studentt"
+        "bernoulli" "categorical" "poisson" "negbinomial" "mixture"``; joint over the columns:
+        ``"gaussian-full" "gaussian-lowrank" "nade"`` (binary) ``"flow"`` (real, two columns or
+        more).
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.

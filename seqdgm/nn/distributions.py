@@ -8,7 +8,6 @@ as what it wraps. Every draw takes an explicit generator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,11 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
 
+from seqdgm.nn import gaussians
 from seqdgm.nn.drawing import draw, scale_tril
+from seqdgm.nn.gaussians import HALF_LOG_2PI
+from seqdgm.nn.joint import JointDistribution
 
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _GAUSSIANS = (td.MultivariateNormal, td.LowRankMultivariateNormal)
 
 
@@ -169,7 +170,8 @@ def log_prob(
     Independent elements add up. A `MultivariateNormal` (or `LowRankMultivariateNormal`) is
     marginalised exactly, :math:`x_o \sim N(\mu_o, \Sigma_{oo})`, for any mix of missing patterns at
     once: rows and columns of missing elements are replaced by those of the identity, which adds
-    nothing to the determinant nor to the quadratic form. A vector without observed elements scores
+    nothing to the determinant nor to the quadratic form. A `JointDistribution` says itself what it
+    does with a vector observed in part. A vector without observed elements scores
     0. Values and gradients never depend on `x` where it is missing; NaN may stand there.
 
     Parameters
@@ -203,10 +205,12 @@ def log_prob(
     _check_dim(dist, x)
     if mask is None:
         if isinstance(dist, td.MultivariateNormal) and scale_tril(dist).ndim == 2:
-            return _shared_log_prob(dist, x)
+            return gaussians.shared_log_prob(dist, x)
         return dist.log_prob(x)
+    if isinstance(dist, JointDistribution):
+        return dist.log_prob_observed(x, mask)
     if isinstance(dist, _GAUSSIANS):
-        return _marginal_log_prob(dist, x, mask)
+        return gaussians.marginal_log_prob(dist, x, mask)
     observed = _all_or_none(dist, mask)
     safe = torch.where(observed[..., None], x, _support_point(dist, x))
     return torch.where(observed, dist.log_prob(safe), 0.0)
@@ -252,17 +256,6 @@ def _normal_log_prob(dist: td.Normal, x: Tensor) -> Tensor:
     return torch.addcmul(-HALF_LOG_2PI - scale.log(), error, error, value=-0.5)
 
 
-def _shared_log_prob(dist: td.MultivariateNormal, x: Tensor) -> Tensor:
-    """Log-density where all share one covariance: one triangular solve for the whole batch."""
-    factor = scale_tril(dist)
-    error = (x - dist.loc).broadcast_to(torch.broadcast_shapes(x.shape, dist.loc.shape))
-    white = torch.linalg.solve_triangular(
-        factor, error.reshape(-1, error.shape[-1]).mT, upper=False
-    )
-    constant = HALF_LOG_2PI * error.shape[-1] + factor.diagonal().log().sum()
-    return -0.5 * white.square().sum(0).view(error.shape[:-1]) - constant
-
-
 @torch.no_grad()
 def _support_point(dist: Distribution, x: Tensor) -> Tensor:
     """Values where the log-density is finite, broadcastable with `x`."""
@@ -286,32 +279,6 @@ def _all_or_none(dist: Distribution, mask: Tensor) -> Bool[Tensor, "*batch"]:
             "MultivariateNormal, or mask the whole vector"
         )
     return whole
-
-
-def _masked_factor(
-    dist: td.MultivariateNormal | td.LowRankMultivariateNormal, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Covariance, and the Cholesky factor of it with identity rows at missing elements."""
-    if isinstance(dist, td.MultivariateNormal):
-        factor = scale_tril(dist)
-        covariance = factor @ factor.mT
-    else:
-        covariance = dist.covariance_matrix
-    both = mask[..., :, None] & mask[..., None, :]
-    eye = torch.eye(mask.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    return covariance, torch.linalg.cholesky(torch.where(both, covariance, eye))
-
-
-def _marginal_log_prob(
-    dist: td.MultivariateNormal | td.LowRankMultivariateNormal, x: Tensor, mask: Tensor
-) -> Tensor:
-    _, factor = _masked_factor(dist, mask)
-    residual = torch.where(mask, torch.where(mask, x, 0.0) - dist.loc, 0.0)
-    zeros = residual.new_zeros(residual.shape[-1])
-    # A missing element adds the density of N(0, 1) at 0, which is taken back.
-    missing = 0.5 * math.log(2 * math.pi) * (~mask).sum(-1, dtype=residual.dtype)
-    padded = td.MultivariateNormal(zeros, scale_tril=factor, validate_args=False)
-    return padded.log_prob(residual) + missing
 
 
 # ------------------------------------------------------------------------------- conditioning
@@ -362,24 +329,12 @@ def fill_missing(
     drawn = sample(expand(dist, batch, x.shape[-1]), generator, (), reparameterised)
     if isinstance(dist, _GAUSSIANS):
         with torch.set_grad_enabled(reparameterised and torch.is_grad_enabled()):
-            drawn = _condition(dist, drawn, x, mask)
+            drawn = gaussians.condition(dist, drawn, x, mask)
+    elif isinstance(dist, JointDistribution):
+        drawn = dist.condition(drawn, x, mask, generator)
     elif dist.event_shape:
         _all_or_none(dist, mask)
     return torch.where(mask, x, drawn)
-
-
-def _condition(
-    dist: td.MultivariateNormal | td.LowRankMultivariateNormal,
-    drawn: Tensor,
-    x: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    covariance, factor = _masked_factor(dist, mask)
-    residual = torch.where(mask, torch.where(mask, x, 0.0) - drawn, 0.0)
-    # The gain is small where particles share a covariance; the product broadcasts without copies.
-    gain = torch.cholesky_solve(covariance, factor)
-    residual = residual.to(gain.dtype)
-    return drawn + torch.einsum("...ji,...j->...i", gain, residual)
 
 
 # ------------------------------------------------------------------------------------ moments
@@ -492,6 +447,8 @@ def stack(dists: Sequence[Distribution], dim: int) -> Distribution:
     if dim < 0:
         dim += len(first.batch_shape) + 1
     build: Any = type(first)
+    if isinstance(first, JointDistribution):
+        return first.stacked(dists, dim)
     if isinstance(first, td.Independent):
         base = _stack_attribute(dists, "base_dist", dim)
         return build(base, first.reinterpreted_batch_ndims, validate_args=first._validate_args)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributions as td
 from torch.distributions import Distribution
 
+from seqdgm.nn.joint import JointDistribution
 from seqdgm.types import seeded
 
 Drawer = Callable[..., Tensor]
@@ -36,6 +37,8 @@ def draw(
     >>> draw(td.Poisson(torch.ones(3)), torch.Size([2]), torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3])
     """
+    if isinstance(dist, JointDistribution):
+        return dist.draw(shape, generator)
     # The exact type, because a subclass may have changed how it draws.
     drawer = _DRAWERS.get(type(dist))
     if drawer is not None:
@@ -146,6 +149,16 @@ def _draw_mvn(d: td.MultivariateNormal, shape: torch.Size, generator: torch.Gene
     return d.loc + (factor @ noise[..., None])[..., 0]
 
 
+def _draw_low_rank(
+    d: td.LowRankMultivariateNormal, shape: torch.Size, generator: torch.Generator
+) -> Tensor:
+    factor, diagonal = d._unbroadcasted_cov_factor, d._unbroadcasted_cov_diag
+    full = _full(d, shape)
+    common = _normal_noise(torch.Size((*full[:-1], factor.shape[-1])), d.loc, generator)
+    own = _normal_noise(full, d.loc, generator)
+    return d.loc + (factor @ common[..., None])[..., 0] + diagonal.sqrt() * own
+
+
 def _draw_mixture(d: td.MixtureSameFamily, shape: torch.Size, generator: torch.Generator) -> Tensor:
     n_event = len(d.event_shape)
     chosen = draw(d.mixture_distribution, shape, generator)
@@ -184,6 +197,7 @@ _DRAWERS: dict[type, Drawer] = {
     td.Binomial: _draw_binomial,
     td.NegativeBinomial: _draw_negbinomial,
     td.MultivariateNormal: _draw_mvn,
+    td.LowRankMultivariateNormal: _draw_low_rank,
     td.MixtureSameFamily: _draw_mixture,
     td.LogNormal: _draw_transformed,
     td.TransformedDistribution: _draw_transformed,

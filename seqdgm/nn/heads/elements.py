@@ -1,61 +1,36 @@
-"""Emission heads: from a network's features to a distribution over the observations.
-
-A head turns features (..., in_dim) into a `torch.distributions` object over x with batch shape
-(..., obs_dim): given the features, the columns are independent.
-"""
+"""Heads whose columns are independent given the features."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributions as td
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
+from seqdgm.nn.heads.base import Head, inverse_softplus, raw_scale
+
 MAX_LOG_RATE = 20.0
 
 
-def _inverse_softplus(y: np.ndarray) -> np.ndarray:
-    return y + np.log(-np.expm1(-y))
-
-
-class Head(nn.Module):
-    """Base of the emission heads: one linear layer, then a family of distributions.
+class ElementHead(Head):
+    """Base of the heads whose columns are independent given the features.
 
     Parameters
     ----------
-    in_dim : int
-        Length of the features.
-    obs_dim : int
-        Number of columns of x.
+    in_dim, obs_dim : int
+        Length of the features, number of columns.
     parameter_shape : tuple of int
         Numbers the family needs for each column, as (kinds, ...).
-
-    Attributes
-    ----------
-    real_valued : bool
-        Whether the data may be scaled and shifted.
-    encoded_dim : int
-        Length of :meth:`encode`'s result.
     """
 
-    real_valued: ClassVar[bool] = True
-    needs: ClassVar[str] = ""
-    remedy: ClassVar[str] = ""
-
     def __init__(self, in_dim: int, obs_dim: int, parameter_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.in_dim = in_dim
-        self.obs_dim = obs_dim
-        self.encoded_dim = obs_dim
+        super().__init__(in_dim, obs_dim, int(np.prod(parameter_shape)) * obs_dim)
         self.parameter_shape = (parameter_shape[0], obs_dim, *parameter_shape[1:])
-        self.linear = nn.Linear(in_dim, int(np.prod(self.parameter_shape)))
 
     def forward(self, features: Float[Tensor, "*batch in_dim"]) -> Distribution:
         """Distribution of x with batch shape (*batch, obs_dim)."""
@@ -67,14 +42,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def initialise_bias(self, values: Float[np.ndarray, "series time dim"]) -> None:
-        """Start from the marginal distribution of each column, whatever the features.
-
-        Parameters
-        ----------
-        values : array of shape (series, time, dim)
-            Training data in the units that the head works in; NaN where missing. A column without
-            values keeps its start.
-        """
+        """Start from the marginal distribution of each column."""
         columns = [column[np.isfinite(column)] for column in values.reshape(-1, self.obs_dim).T]
         with torch.no_grad():
             bias = self.linear.bias.view(self.parameter_shape)
@@ -86,58 +54,8 @@ class Head(nn.Module):
         """Unconstrained numbers, kind by kind, that fit a column's marginal distribution."""
         raise NotImplementedError
 
-    def encode(
-        self, x: Float[Tensor, "*batch dim"], mask: Bool[Tensor, "*batch dim"] | None = None
-    ) -> Float[Tensor, "*batch encoded"]:
-        """Observations as networks should read them, 0 where missing.
 
-        Real and binary values as they are, counts as log(1 + x), categories one-hot, grouped by
-        column.
-        """
-        if mask is None:
-            return self._code(x)
-        seen = mask.repeat_interleave(self.encoded_dim // self.obs_dim, -1)
-        return torch.where(seen, self._code(torch.where(mask, x, 0.0)), 0.0)
-
-    def _code(self, x: Tensor) -> Tensor:
-        return x
-
-    def validate(
-        self,
-        values: Float[np.ndarray, "series time dim"],
-        ids: Sequence[Hashable],
-        columns: Sequence[str],
-        index: Sequence[pd.Index],
-    ) -> None:
-        """Check that the observed values can occur under this family.
-
-        Parameters
-        ----------
-        values : array of shape (series, time, dim)
-            NaN where missing.
-        ids, columns, index
-            Names of the series, of the columns, and the time stamps of each series.
-
-        Raises
-        ------
-        ValueError
-            Naming the first series, column and time stamp at fault, and a remedy.
-        """
-        with np.errstate(invalid="ignore"):
-            faults = np.argwhere(np.isfinite(values) & ~self._possible(values))
-        if faults.size:
-            n, t, d = faults[0]
-            raise ValueError(
-                f"series {ids[n]!r}, column {columns[d]!r}, at {index[n][t]}: the value "
-                f"{values[n, t, d]:g} cannot occur under this emission, which needs "
-                f"{self.needs.format(self=self)}; {self.remedy.format(self=self)}"
-            )
-
-    def _possible(self, values: np.ndarray) -> np.ndarray:
-        return np.ones(values.shape, dtype=bool)
-
-
-class GaussianHead(Head):
+class GaussianHead(ElementHead):
     r""":math:`x \sim N(\mu, \sigma^2)` with :math:`\sigma = \mathrm{softplus}(\cdot) + s_{\min}`.
 
     Parameters
@@ -158,15 +76,10 @@ class GaussianHead(Head):
         return td.Normal(loc, F.softplus(scale) + self.min_scale, validate_args=False)
 
     def _start(self, column: np.ndarray) -> list[np.ndarray]:
-        return [column.mean(), _raw_scale(column.std(), self.min_scale)]
+        return [column.mean(), raw_scale(column.std(), self.min_scale)]
 
 
-def _raw_scale(scale: np.ndarray, floor: float) -> np.ndarray:
-    """Number whose softplus plus the floor is the scale, which is kept clear of the floor."""
-    return _inverse_softplus(np.maximum(scale - floor, floor))
-
-
-class StudentTHead(Head):
+class StudentTHead(ElementHead):
     r""":math:`x \sim t_\nu(\mu, \sigma)`; :math:`\nu` is one number a column.
 
     :math:`\nu = 2.1 + \mathrm{softplus}(\cdot)` at least, so that the variance
@@ -191,7 +104,7 @@ class StudentTHead(Head):
             raise ValueError(f"min_df={min_df}: the variance needs more than 2 degrees of freedom")
         self.min_scale = min_scale
         self.min_df = min_df
-        start = float(_inverse_softplus(np.asarray(max(10.0 - min_df, 1.0))))
+        start = float(inverse_softplus(np.asarray(max(10.0 - min_df, 1.0))))
         self.raw_df = nn.Parameter(torch.full((obs_dim,), start))
 
     @property
@@ -208,10 +121,10 @@ class StudentTHead(Head):
     def _start(self, column: np.ndarray) -> list[np.ndarray]:
         df = self.df.detach().mean().item()
         scale = column.std() * np.sqrt((df - 2) / df)
-        return [column.mean(), _raw_scale(scale, self.min_scale)]
+        return [column.mean(), raw_scale(scale, self.min_scale)]
 
 
-class MixtureHead(Head):
+class MixtureHead(ElementHead):
     """Mixture of Gaussians in each column.
 
     Parameters
@@ -248,11 +161,11 @@ class MixtureHead(Head):
         k = self.n_components
         loc = np.quantile(column, (np.arange(k) + 0.5) / k)
         within = max(column.var() - loc.var(), 0.01 * column.var())
-        scale = _raw_scale(np.full(k, np.sqrt(within)), self.min_scale)
+        scale = raw_scale(np.full(k, np.sqrt(within)), self.min_scale)
         return [np.zeros(k), loc, scale]
 
 
-class BernoulliHead(Head):
+class BernoulliHead(ElementHead):
     """x in {0, 1} with a logit."""
 
     real_valued: ClassVar[bool] = False
@@ -274,7 +187,7 @@ class BernoulliHead(Head):
         return (values == 0) | (values == 1)
 
 
-class CategoricalHead(Head):
+class CategoricalHead(ElementHead):
     """x in {0, ..., K - 1} with K logits a column.
 
     Parameters
@@ -309,7 +222,7 @@ class CategoricalHead(Head):
         return (values >= 0) & (values < self.n_categories) & (values == np.floor(values))
 
 
-class _CountHead(Head):
+class _CountHead(ElementHead):
     real_valued: ClassVar[bool] = False
     needs: ClassVar[str] = "whole numbers from 0"
     remedy: ClassVar[str] = "give counts, or choose emission='gaussian'"
@@ -369,66 +282,4 @@ class NegativeBinomialHead(_CountHead):
     def _start(self, column: np.ndarray) -> list[np.ndarray]:
         mean = (column.sum() + 0.5) / (column.size + 0.5)
         dispersion = max((column.var() - mean) / mean**2, 0.01)
-        return [np.log(mean), _raw_scale(dispersion, self.min_dispersion)]
-
-
-HEADS: dict[str, type[Head]] = {
-    "gaussian": GaussianHead,
-    "studentt": StudentTHead,
-    "bernoulli": BernoulliHead,
-    "categorical": CategoricalHead,
-    "poisson": PoissonHead,
-    "negbinomial": NegativeBinomialHead,
-    "mixture": MixtureHead,
-}
-
-
-def _head_class(name: str) -> type[Head]:
-    if name not in HEADS:
-        raise ValueError(f"unknown emission {name!r}; choose one of {', '.join(map(repr, HEADS))}")
-    return HEADS[name]
-
-
-def emission_head(name: str, in_dim: int, obs_dim: int, **options: Any) -> Head:
-    """Emission head by name.
-
-    Parameters
-    ----------
-    name : str
-        "gaussian", "studentt", "bernoulli", "categorical", "poisson", "negbinomial" or "mixture".
-    in_dim : int
-        Length of the features.
-    obs_dim : int
-        Number of columns of x.
-    **options
-        Keyword arguments of the head's class.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown.
-
-    Examples
-    --------
-    >>> head = emission_head("studentt", in_dim=8, obs_dim=2)
-    >>> head(torch.zeros(5, 7, 8)).batch_shape
-    torch.Size([5, 7, 2])
-    """
-    return _head_class(name)(in_dim, obs_dim, **options)
-
-
-def head_options_from_data(
-    name: str, values: Float[np.ndarray, "series time dim"]
-) -> dict[str, Any]:
-    """Options of a head that only the data can tell: the number of categories.
-
-    Examples
-    --------
-    >>> head_options_from_data("categorical", np.array([[[0.0], [2.0], [np.nan]]]))
-    {'n_categories': 3}
-    """
-    if _head_class(name) is not CategoricalHead:
-        return {}
-    observed = values[np.isfinite(values)]
-    # At least two: a panel of zeros is a valid, if dull, panel of categories.
-    return {"n_categories": max(int(observed.max(initial=0.0)) + 1, 2)}
+        return [np.log(mean), raw_scale(dispersion, self.min_dispersion)]
