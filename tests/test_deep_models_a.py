@@ -18,8 +18,10 @@ from seqdgm.models.srnn import SRNN
 from seqdgm.models.vrnn import VRNN
 from seqdgm.models.zforcing import ZForcing
 from seqdgm.nn.deferred import MIN_WEIGHTS, LoopLinear, deferred
+from seqdgm.nn.fused_chain import draw_chain
 from seqdgm.nn.gates import GatedCell
 from seqdgm.nn.heads import HEADS
+from seqdgm.nn.ragged import Ragged
 from seqdgm.testing import CHECKS, check_model
 from seqdgm.types import Batch, Inputs, make_generator
 
@@ -235,11 +237,11 @@ def test_terms_of_the_bound_equal_those_of_the_papers_equations(model, plain) ->
             p.add_(0.1 * normals(*p.shape, seed=p.numel()))
     batch = batch_of(normals(4, 5, 2, seed=1), u=normals(4, 5, 1, seed=2))
     trace = scan(net, batch, make_generator(0))
-    found = along(net, batch, trace)
+    found, laws = along(net, batch, trace), trace.proposal(slice(0, 5))
     assert trace.z is not None
     steps = plain(net, batch.x, batch.u, trace.z, summaries(net, batch))
     for t, (prior, q, emission) in enumerate(steps):
-        torch.testing.assert_close(trace.proposals[t].loc, q.loc, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(laws.loc[:, t], q.loc, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             found.divergence[:, t], kl_divergence(q, prior).sum(-1), rtol=1e-4, atol=1e-4
         )
@@ -253,12 +255,13 @@ def test_all_steps_at_once_equal_one_step_at_a_time(model) -> None:
     batch = batch_of(normals(4, 7, 2, seed=1), u=normals(4, 7, 1, seed=2))
     with torch.no_grad():
         trace = scan(net, batch, make_generator(0))
+        laws = trace.proposal(slice(0, 7))
         s, before = net.start((4,)), torch.zeros(4, 2)
         for t in range(7):
             u = batch.inputs_at(t)
             h = net.advance(s, net.embed(before), u)
             q = net.proposal(h, trace.context[:, t], u)
-            torch.testing.assert_close(trace.proposals[t].loc, q.loc, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(laws.loc[:, t], q.loc, rtol=1e-5, atol=1e-5)
             s, before = net.absorb(h, trace.z[:, t]), batch.x[:, t]
             law = net.emission(s, u)
             whole = net.emission(trace.s, batch.inputs_all())
@@ -414,6 +417,52 @@ def test_the_gated_cell_equals_torchs(kind) -> None:
     wanted = plain(x, state if kind == "lstm" else h)
     for a, b in zip(cell(inputs(x), state), wanted if kind == "lstm" else (wanted,), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_unrolled_srnn_has_the_gradient_of_its_steps() -> None:
+    x, lengths = normals(3, 8, 2), torch.tensor([5, 8, 2])
+    inside = (torch.arange(8) < lengths[:, None])[..., None].expand_as(x)
+    batch = Batch(x * inside, inside, lengths, x[..., :0], torch.arange(3), (0, 1, 2))
+    found = {}
+    for name in ("unrolled", "by steps"):
+        net = built(SRNN(3, 6, 5))
+        with torch.no_grad():  # one path, whatever the order in which noise is drawn
+            net.proposal_law.out.bias[3:] = -40.0
+            net.proposal_law.min_scale = 1e-6
+            net.z0.fill_(0.3)
+        if name == "by steps":
+            net.unroll = lambda *_: None
+        value = evaluate(net, batch, Objective(), 1e-3, make_generator(0)).value
+        value.sum().backward()
+        found[name] = [value.detach(), *(p.grad for p in net.parameters())]
+    for a, b in zip(*found.values(), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_the_fused_chain_has_the_gradient_of_plain_back_propagation() -> None:
+    ragged, floor = Ragged.of(torch.tensor([2, 5, 3]), 5), 0.1
+    shapes = [(10, 6), (3, 2), (6, 2), (4, 6), (4,)]
+    wanted = [normals(*k, seed=n).double().requires_grad_() for n, k in enumerate(shapes)]
+    noise = normals(10, 2, seed=9).double()
+    c, first, w, v, d = wanted
+
+    def plain() -> list[Tensor]:
+        z, laws = first, []
+        for c_t, noise_t in zip(c.split(ragged.sizes), noise.split(ragged.sizes), strict=True):
+            out = torch.relu(c_t + z[: len(c_t)] @ w.T) @ v.T + d
+            scale = F.softplus(out[:, 2:]) + floor
+            z = out[:, :2] + scale * noise_t
+            laws.append((out[:, :2], scale, z))
+        return [torch.cat(part) for part in zip(*laws, strict=True)]
+
+    path = draw_chain(c, first, noise, (w, v, d), ragged, floor)
+    pull = [normals(10, 2, seed=20 + k).double() for k in range(3)]
+    torch.testing.assert_close(list(path), plain())
+    torch.testing.assert_close(
+        torch.autograd.grad(list(path), wanted, pull), torch.autograd.grad(plain(), wanted, pull)
+    )
 
 
 def test_deferred_gradients_equal_those_of_plain_back_propagation() -> None:

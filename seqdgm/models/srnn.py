@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
+from torch.nn import functional as F
 
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn import RecurrentCell
 from seqdgm.nn.deferred import LoopLinear
+from seqdgm.nn.fused_chain import draw_chain
 from seqdgm.nn.gates import GaussianLayer
-from seqdgm.types import Batch, Inputs
+from seqdgm.nn.ragged import Ragged
+from seqdgm.types import Batch, Inputs, Unrolled
 
 
 class Chain(NamedTuple):
@@ -195,7 +198,8 @@ class SRNN(DeepModel):
         seen = self.head.encode(batch.x, batch.mask)
         before = self.embed(torch.zeros_like(batch.x[:, :1]))
         previous = torch.cat([before, seen[:, :-1]], 1)
-        chain = self._chain(self.chain.run(self.with_known(previous, known)))
+        read = self.with_known(previous, known)
+        chain = self._chain(self.chain.run(read, lengths=batch.lengths))
         reads = torch.cat([self.known(known), chain.d], -1)
         summary = self.encoder(seen, batch.mask, reads, batch.lengths)
         return torch.cat([self.proposal_context(summary), *chain], -1)
@@ -210,6 +214,36 @@ class SRNN(DeepModel):
         prior = self.prior(h, u)
         found = self.proposal_law(c[..., : self.encoder_dim] + h.state)
         return Normal(prior.loc + found.loc, found.scale, validate_args=False)
+
+    def unroll(
+        self,
+        s: State,
+        x: Chain | None,
+        c: Float[Tensor, "series time context"],
+        u: Inputs,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> Unrolled:
+        """All steps of z at once: the hidden layers of prior and inference network as one."""
+        assert x is not None
+        ragged, prior, found = Ragged.of(lengths, c.shape[1]), self.prior_law.out, self.proposal_law
+        fixed = ragged.pack(torch.cat([x.hidden, c[..., : self.encoder_dim]], -1))
+        noise = torch.randn(
+            (len(fixed), self.latent_dim), generator=generator, dtype=c.dtype, device=c.device
+        )
+        # The prior gives the inference network its mean alone.
+        mean = F.pad(prior.weight[: self.latent_dim], (0, 0, 0, self.latent_dim))
+        bias = F.pad(prior.bias[: self.latent_dim], (0, self.latent_dim))
+        weights = (
+            self.read_state.weight,
+            torch.cat([mean, found.out.weight], 1),
+            bias + found.out.bias,
+        )
+        path = draw_chain(fixed, s.z[ragged.order], noise, weights, ragged, found.min_scale)
+        z = ragged.unpack(path.z)
+        h = self.advance(State(x.d, torch.cat([s.z[:, None], z[:, :-1]], 1)), x, u)
+        law = Normal(ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0), validate_args=False)
+        return Unrolled(h, z, law)
 
     def _chain(self, d: Tensor) -> Chain:
         return Chain(d, self.prior_chain(d))
