@@ -30,7 +30,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -240,7 +240,7 @@ def fit_networks(
     """
     own = model.get_params()
     defaults = TrainingOptions()
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name, value in (
         ("max_epochs", max_epochs),
         ("learning_rate", learning_rate),

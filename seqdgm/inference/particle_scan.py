@@ -20,6 +20,7 @@ from seqdgm.inference.joint import Along
 from seqdgm.inference.resampling import adaptive, gather, multinomial, systematic, weigh
 from seqdgm.inference.scan import fed
 from seqdgm.nn import distributions as dist
+from seqdgm.nn.deferred import deferred
 from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class _Step(NamedTuple):
     resampled: Bool[Tensor, "series"]
 
 
+@deferred()
 def particle_scan(
     model: StateSpaceModel, batch: Batch, how: Steering, generator: torch.Generator
 ) -> Swarm:
