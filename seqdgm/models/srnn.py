@@ -218,14 +218,14 @@ class SRNN(DeepModel):
     def unroll(
         self,
         s: State,
-        x: Chain | None,
+        x: Tensor | Chain | None,
         c: Float[Tensor, "series time context"],
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
     ) -> Unrolled:
         """All steps of z at once: the hidden layers of prior and inference network as one."""
-        assert x is not None
+        assert isinstance(x, Chain)
         ragged, prior, found = Ragged.of(lengths, c.shape[1]), self.prior_law.out, self.proposal_law
         fixed = ragged.pack(torch.cat([x.hidden, c[..., : self.encoder_dim]], -1))
         noise = torch.randn(
