@@ -345,7 +345,7 @@ def test_flow_integrates_to_one_and_marginals_follow():
     x[:, 0] = axes[0][places]
     value = sd.log_prob(dist, x, ~x.isnan()).detach()
     error = value - marginal[places].log()
-    assert error.abs().max() < 0.03
+    assert error.abs().max() < 1e-4
 
 
 def test_flow_draws_have_the_moments_of_its_density():
@@ -371,7 +371,7 @@ def test_flow_refuses_too_many_missing_elements():
     dist, x = flow(7, (3,)), torch.zeros(3, 7, dtype=F64)
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[2, :5] = False
-    with pytest.raises(ValueError, match=r"place \(2,\) misses .*at most 4"):
+    with pytest.raises(ValueError, match=r"place \(2,\) misses .*at most 2"):
         sd.log_prob(dist, x, mask)
     mask[2] = False
     assert sd.log_prob(dist, x, mask)[2] == 0

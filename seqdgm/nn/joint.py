@@ -48,7 +48,7 @@ class JointDistribution(Distribution):
         return self.rebuilt([t.expand(*batch_shape, -1) for t in self.tensors])
 
     @classmethod
-    def stacked(cls, parts: Sequence[Self], dim: int) -> Self:
+    def stacked(cls, parts: Sequence[Any], dim: int) -> Self:
         """Stack along a new axis of the batch.
 
         Raises
@@ -56,7 +56,7 @@ class JointDistribution(Distribution):
         ValueError
             If the parts do not share their weights.
         """
-        first = parts[0]
+        first: Self = parts[0]
         for part in parts:
             if any(a is not b for a, b in zip(first.shared, part.shared, strict=True)):
                 raise ValueError(

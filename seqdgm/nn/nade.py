@@ -58,7 +58,7 @@ class _Conditionals(torch.autograd.Function):
         return logits.mT + b
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         v, hidden = ctx.saved_tensors
         hidden = hidden.clone()

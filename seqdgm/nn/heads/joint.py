@@ -225,8 +225,9 @@ class NADEHead(Head):
 class FlowHead(Head):
     r"""Real vectors by affine-coupling layers whose networks read the features.
 
-    See :class:`seqdgm.nn.flow.CouplingFlow`: where a vector is observed in part, up to four missing
-    elements are integrated out numerically, and more are refused. Starts at independent Gaussians.
+    See :class:`seqdgm.nn.flow.CouplingFlow`: where a vector is observed in part, one or two
+    missing elements are integrated out numerically, and more are refused. Starts at independent
+    Gaussians.
 
     Parameters
     ----------
