@@ -278,11 +278,12 @@ HEADINGS = {
     "fit_seconds": ("fit s", ".2f"),
     "forecast_seconds": ("fcst s", ".2f"),
 }
-LIKELIHOODS = {"estimate": "~", "lower bound": ">"}
+LIKELIHOODS = {"estimate": "~", "lower bound": ">", "approximation": "≈"}
 LEGEND = (
     "MASE (season {season}), sMAPE (0 to 200) and CRPS (units of the data): smaller is better.\n"
     "in 80%: per cent of the held-out values inside the 80 % interval.\n"
-    "log score (nats a step): larger is better; ~ estimate, > lower bound, otherwise exact."
+    "log score (nats a step): larger is better; ~ estimate, > lower bound, ≈ approximation,\n"
+    "otherwise exact."
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
 
 from seqdgm.model import SequenceModel
 from seqdgm.nn import distributions
@@ -40,6 +41,10 @@ class StateSpaceModel(SequenceModel):
         Width of z; 0 for a model without random states.
     feedback : bool
         Whether `advance` reads the previous observation (then missing ones are sampled).
+    domains : mapping of str to Constraint
+        Sets that the values of `nn.Parameter` attributes lie in, by name, such as
+        ``{"rho": constraints.interval(-1, 1)}`` of `torch.distributions.constraints`; learners
+        climb in unconstrained coordinates of them.
     fills_missing : bool
         False where `advance` takes an observation with NaN for what is missing; engines then draw
         it only where a forecast or an imputation needs it.
@@ -70,6 +75,7 @@ class StateSpaceModel(SequenceModel):
         "mle": "particle-score",
         "particle-em": "particle-em",
     }
+    domains: ClassVar[Mapping[str, Constraint]] = {}
     latent_dim: int = 0
     feedback: bool = False
     fills_missing: bool = True
@@ -203,6 +209,9 @@ class StateSpaceModel(SequenceModel):
         """
         return None
 
+    def set_starts(self, batch: Batch) -> None:
+        """Set what is learned to rough estimates, where learning begins; default: as it is."""
+
     def transition_bound(self, u: Inputs) -> Float[Tensor, "*batch"] | float | None:
         """Log of an upper bound of the transition's density, for ``smoother="ffbs-reject"``.
 
@@ -241,7 +250,8 @@ class StateSpaceModel(SequenceModel):
     def memoryless(self) -> bool:
         """Whether z and the observation are all that a step leaves to the next.
 
-        Backward smoothing then applies. True unless `absorb` or `report` say otherwise.
+        Backward smoothing and ancestor sampling then apply. True unless `absorb` or `report` say
+        otherwise; a model whose `absorb` keeps no more than that beside z says so itself.
         """
         own, plain = type(self), StateSpaceModel
         return self.markov or (own.absorb is plain.absorb and own.report is plain.report)

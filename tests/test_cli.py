@@ -253,7 +253,9 @@ def test_leaderboard_marks_what_is_not_exact():
     marks = board["log score"].str[0]
     assert (
         marks["trained"]
-        == {"estimate": "~", "lower bound": ">"}[table["log_score_kind"]["trained"]]
+        == {"estimate": "~", "lower bound": ">", "approximation": "≈"}[
+            table["log_score_kind"]["trained"]
+        ]
     )
     assert marks["exact"] in "-0123456789"
     assert "p" not in board.columns

@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_particle_score import NAMES, START, Fed, Linear, deficit, deficit_drop, exact, panel
 
+from seqdgm.inference.coordinates import Coordinates
 from seqdgm.inference.particle_em import Retained, _maximise, _Memory
-from seqdgm.inference.particle_score import check_learnable, draw_trajectories
+from seqdgm.inference.particle_score import draw_trajectories
 from seqdgm.inference.smc import Reference, SMCOptions
 from seqdgm.prepare import prepare
 
@@ -41,9 +42,9 @@ def test_generic_step_finds_the_closed_form() -> None:
         rng = torch.Generator().manual_seed(seed)
         draws = draw_trajectories(generic, batch, SMCOptions(50), rng, 4)
         memory.add(Retained(draws.z, None), gamma)
-    _maximise(closed, batch, memory, check_learnable(closed))
+    _maximise(closed, batch, memory, Coordinates.of(closed))
     for _ in range(6):
-        _maximise(generic, batch, memory, check_learnable(generic))
+        _maximise(generic, batch, memory, Coordinates.of(generic))
     for name in NAMES:
         assert abs(getattr(generic, name).item() - getattr(closed, name).item()) < 1e-3
 

@@ -157,6 +157,17 @@ def test_weights_are_normalised(count: int, kernels: dict[str, Any]) -> None:
     torch.testing.assert_close(ess, weights.sum(1) ** 2 / (weights**2).sum(1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("offset", [-1e17, 1e17, 1e300])
+def test_astronomic_weights_are_normalised(offset: float, kernels: dict[str, Any]) -> None:
+    """The spacing of doubles at the total is far above 1."""
+    a = torch.full((2, 6), offset, **F64)
+    a[1, 2:] -= 0.5 * abs(offset)
+    log_weights, total, ess = weigh(a, **kernels)
+    torch.testing.assert_close(log_weights.exp().sum(1), torch.ones(2, **F64))
+    torch.testing.assert_close(ess, torch.tensor([6.0, 2.0], **F64))
+    torch.testing.assert_close(total, torch.full((2,), offset, **F64))
+
+
 def test_weights_that_vanish_or_are_not_numbers_are_told_apart(kernels: dict[str, Any]) -> None:
     a = torch.tensor([[-inf, -inf, -inf], [0.0, nan, 0.0], [0.0, -inf, -nan], [-inf, 5, -inf]])
     log_weights, total, ess = weigh(a.double(), **kernels)

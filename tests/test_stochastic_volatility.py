@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import special, stats
+from scipy.optimize import minimize
 from statsmodels.tsa.statespace.mlemodel import MLEModel
 
-from seqdgm.inference import smc
+from seqdgm.inference import particle_score, smc
 from seqdgm.inference.parameters import check_broadcast
-from seqdgm.inference.smc import SMCOptions
+from seqdgm.inference.particle_score import draw_trajectories
+from seqdgm.inference.smc import Reference, SMCOptions
+from seqdgm.inference.smoothing import trajectories
 from seqdgm.kernels.particles import bootstrap_volatility
 from seqdgm.models.stochastic_volatility import StochasticVolatility
 from seqdgm.prepare import prepare
@@ -49,40 +52,61 @@ def score(model: StochasticVolatility, v: np.ndarray) -> np.ndarray:
 
 def on_a_grid(
     model: StochasticVolatility, y: np.ndarray, u: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Log-likelihood, filtered means and variances by the trapezium rule on 601 log-variances.
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """Log-likelihood, filtered means and variances, and smoothed means, on 601 log-variances.
 
-    With leverage a missing error is integrated over 200 quantiles of its law.
+    With leverage a missing error is integrated by 20 nodes of Gauss and Hermite, or over 200
+    quantiles of a Student-t law.
     """
     z = np.linspace(-8, 7, 601)
     width = z[1] - z[0]
-    mean = model.mean.item() + (0 if model.beta is None else u @ np.array(BETA))
+    forward, kernels, sight = [], [], []
+    mu, rho, sigma = (getattr(model, name).item() for name in ("mu", "rho", "sigma"))
+    mean = model.mean.item() + (0 if model.beta is None else u @ model.beta.detach().numpy())
     mean = np.broadcast_to(mean, len(y))
     law = stats.norm if model.df is None else stats.t(model.df.item())
     phi = 0.0 if model.correlation is None else model.correlation.item()
-    density = stats.norm.pdf(z, MU, SIGMA / np.sqrt(1 - RHO**2))
+    density = stats.norm.pdf(z, mu, sigma / np.sqrt(1 - rho**2))
     total, means, variances = 0.0, [], []
     for t, x in enumerate(y):
         if t:
-            centre = MU + RHO * (z - MU)
+            centre = mu + rho * (z - mu)
             last = y[t - 1] - mean[t - 1]
             if np.isfinite(last):
-                shifts = [score(model, last * np.exp(-z / 2))]
+                shifts, shares = [score(model, last * np.exp(-z / 2))], [1.0]
             else:
-                shifts = score(model, law.ppf((np.arange(200) + 0.5) / 200)) if phi else [0.0]
-            scale = SIGMA * np.sqrt(1 - phi**2)
+                shifts, shares = [0.0], [1.0]
+                if phi and model.df is None:
+                    shifts, shares = np.polynomial.hermite_e.hermegauss(20)
+                elif phi:
+                    shifts = score(model, law.ppf((np.arange(200) + 0.5) / 200))
+                    shares = np.ones(200)
+            scale = sigma * np.sqrt(1 - phi**2)
             error = (z[:, None] - centre) / scale
-            kernel = sum(np.exp(-0.5 * (error - SIGMA * phi * s / scale) ** 2) for s in shifts)
-            kernel = kernel / (len(shifts) * scale * np.sqrt(2 * np.pi))
+            kernel = sum(
+                share * np.exp(-0.5 * (error - sigma * phi * s / scale) ** 2)
+                for s, share in zip(shifts, shares, strict=True)
+            )
+            kernel = kernel / (sum(shares) * scale * np.sqrt(2 * np.pi))
             density = kernel @ density * width
+            kernels.append(kernel * width)
+        seen = np.ones_like(z)
         if np.isfinite(x):
-            density = density * law.pdf((x - mean[t]) * np.exp(-z / 2)) * np.exp(-z / 2)
+            seen = law.pdf((x - mean[t]) * np.exp(-z / 2)) * np.exp(-z / 2)
+        density = density * seen
         evidence = density.sum() * width
         total += np.log(evidence)
         density = density / evidence
+        forward.append(density)
+        sight.append(seen)
         means.append((z * density).sum() * width)
         variances.append((z**2 * density).sum() * width - means[-1] ** 2)
-    return float(total), np.array(means), np.array(variances)
+    back, smoothed = np.ones_like(z), [means[-1]]
+    for density, kernel, seen in zip(forward[-2::-1], kernels[::-1], sight[:0:-1], strict=True):
+        back = (back * seen) @ kernel
+        back = back / back.max()
+        smoothed.append((z * density * back).sum() / (density * back).sum())
+    return float(total), np.array(means), np.array(variances), np.array(smoothed[::-1])
 
 
 def case(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +117,7 @@ def case(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def exact(name: str) -> tuple[float, np.ndarray, np.ndarray]:
+def exact(name: str) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
     return on_a_grid(MODELS[name], *case(name))
 
 
@@ -143,7 +167,7 @@ def test_filtered_moments_agree_with_the_grid(name: str) -> None:
     panel = np.repeat(y[None, :, None], 100, 0)
     inputs = np.repeat(u[None], 100, 0) if u.shape[1] else None
     found = MODELS[name].filter(panel, inputs, n_particles=500, seed=0)
-    _, mean, variance = exact(name)
+    _, mean, variance, _ = exact(name)
     stderr = found.mean[..., 0].std(0, ddof=1) / 10
     # A ratio of estimates is biased by O(1/N).
     assert np.all(np.abs(found.mean[..., 0].mean(0) - mean) <= 5 * stderr + 3 / 500)
@@ -365,3 +389,119 @@ def test_bad_data_are_refused() -> None:
         StochasticVolatility().filter(np.ones(20))
     with pytest.raises(ValueError, match="too short"):
         StochasticVolatility().fit(np.ones(5))
+
+
+# -- smoothing and learning ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("smoother", ["ffbs", "marginal"])
+def test_backward_smoothing_agrees_with_the_grid(name: str, smoother: str) -> None:
+    y, u = case(name)
+    count = 100
+    _, batch, _ = prepare(
+        MODELS[name],
+        np.repeat(y[None, :, None], count, 0),
+        np.repeat(u[None], count, 0) if u.shape[1] else None,
+    )
+    rng = torch.Generator().manual_seed(0)
+    found = trajectories(MODELS[name], batch, SMCOptions(400), rng, 100, smoother)
+    within(found.mean[..., 0].numpy(), exact(name)[3])
+
+
+def test_ancestor_sampling_leaves_the_smoothing_law_invariant() -> None:
+    """With leverage: a memory, but none beside z and the return. Few particles, many chains."""
+    name, count = "gaussian with leverage", 2000
+    y, u = case(name)
+    model, rng = MODELS[name], torch.Generator().manual_seed(0)
+    _, batch, _ = prepare(model, np.repeat(y[None, :, None], count, 0), np.tile(u, (count, 1, 1)))
+    z = torch.zeros(count, len(y), 1).double()
+    for _ in range(30):
+        how = SMCOptions(5, "multinomial", reference=Reference(z, ancestor_sampling=True))
+        z = draw_trajectories(model, batch, how, rng, 1, "genealogy").z[:, 0]
+    within(z[..., 0].numpy(), exact(name)[3])
+
+
+def learnable(name: str) -> StochasticVolatility:
+    model = MODELS[name].clone()
+    for p in model.parameters():
+        p.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_score_is_the_derivative_of_the_likelihood_on_a_grid(name: str) -> None:
+    model, (y, u) = learnable(name), case(name)
+    if name == "studentt with leverage":
+        y = np.nan_to_num(y, nan=0.2)  # the grid takes seconds for a missing error
+    slopes = {}
+    for key, p in model.named_parameters():
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.view(-1)[0] += sign * 1e-4
+                values.append(on_a_grid(model, y, u)[0])
+                p.view(-1)[0] -= sign * 1e-4
+        slopes[key] = (values[0] - values[1]) / 2e-4
+    rows = 20
+    _, batch, _ = prepare(
+        model,
+        np.repeat(y[None, :, None], rows, 0),
+        np.repeat(u[None], rows, 0) if u.shape[1] else None,
+    )
+    found = []
+    for seed in range(12):
+        rng = torch.Generator().manual_seed(seed)
+        one = particle_score.score(model, batch, SMCOptions(300), rng, 20)
+        found.append([one[key].view(-1)[0].item() / rows for key in slopes])
+    within(np.array(found), np.array(list(slopes.values())))
+
+
+def long_grid(theta: np.ndarray, y: np.ndarray) -> float:
+    """Log-likelihood of (mu, atanh rho, log sigma) on 201 log-variances, all series together."""
+    mu, rho, sigma = theta[0], np.tanh(theta[1]), np.exp(theta[2])
+    spread = sigma / np.sqrt(1 - rho**2)
+    z = mu + spread * np.linspace(-6, 6, 201)
+    width = z[1] - z[0]
+    kernel = stats.norm.pdf(z[:, None], mu + rho * (z - mu), sigma) * width
+    density = np.repeat(stats.norm.pdf(z, mu, spread)[:, None], len(y), 1)
+    total = 0.0
+    for x in y.T:
+        density = density * stats.norm.pdf(x, 0, np.exp(z / 2)[:, None])
+        evidence = density.sum(0) * width
+        total += np.log(evidence).sum()
+        density = kernel @ (density / evidence)
+    return float(total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mle", "particle-em"])
+def test_learning_reaches_the_maximum_on_a_grid(method: str) -> None:
+    y = StochasticVolatility(**KNOWN).sample(100, n=6, seed=0).values[..., 0]
+    start = np.array([MU, np.arctanh(RHO), np.log(SIGMA)])
+    best = minimize(
+        lambda theta: -long_grid(theta, y), start, method="Nelder-Mead", options={"fatol": 1e-3}
+    )
+    options = {"n_particles": 50, "n_trajectories": 10, "max_iter": 100}
+    if method == "particle-em":
+        options |= {"burn_in": 50, "n_particles": 20}
+    model = StochasticVolatility().fit(y[..., None], method=method, seed=0, **options)
+    found = np.array([model.mu.item(), np.arctanh(model.rho.item()), np.log(model.sigma.item())])
+    # The truth lies 1.5 below the maximum on average (three parameters).
+    assert -best.fun - long_grid(found, y) < 0.25
+
+
+def test_learning_keeps_to_the_domain_and_goes_up() -> None:
+    y = StochasticVolatility(**KNOWN).sample(40, n=3, seed=1).values
+    for method, options in (("mle", {"learning_rate": 0.5}), ("particle-em", {"burn_in": 4})):
+        model = StochasticVolatility(mu=MU).fit(
+            y, method=method, seed=0, n_particles=20, n_trajectories=4, max_iter=6, **options
+        )
+        assert model.mu.item() == MU
+        assert -1 < model.rho.item() < 1
+        assert model.sigma.item() > 0
+        ends = [
+            long_grid(np.array([MU, np.arctanh(rho), np.log(sigma)]), y[..., 0])
+            for rho, sigma in ((0.95, 0.2), (model.rho.item(), model.sigma.item()))
+        ]
+        assert ends[1] > ends[0]

@@ -43,9 +43,9 @@ class Comparison:
         One row a model, best CRPS first (models that failed somewhere last). Columns: ``MASE``,
         ``sMAPE`` (0 to 200), ``CRPS`` (data units), ``coverage-80`` and ``coverage-95`` (per
         cent), ``log_score`` (nats per held-out step, larger is better), each followed by its
-        standard error ``<metric>-se``; ``log_score_kind`` ("exact", "estimate" or "lower bound");
-        ``p_value``; ``units``; ``fit_seconds`` and ``forecast_seconds`` (totals over the windows,
-        without imports and compilation).
+        standard error ``<metric>-se``; ``log_score_kind`` ("exact", "estimate",
+        "lower bound" or "approximation"); ``p_value``; ``units``; ``fit_seconds`` and
+        ``forecast_seconds`` (totals over the windows, without imports and compilation).
     scores : DataFrame
         The same metrics for each unit: model, unique_id, window, cutoff.
     forecasts : DataFrame

@@ -252,7 +252,7 @@ class Likelihood:
 
     Attributes
     ----------
-    kind : {"exact", "estimate", "lower bound"}
+    kind : {"exact", "estimate", "lower bound", "approximation"}
         As the engine said at the last call.
     by_particles : bool
         Whether the engine calls the model's own functions.

@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from seqdgm.inference.coordinates import Coordinates
 from seqdgm.inference.joint import (
     follow,
     joint_log_density,
@@ -45,12 +46,9 @@ from seqdgm.inference.joint import (
     log_proposal,
 )
 from seqdgm.inference.particle_score import (
-    check_learnable,
     draw_trajectories,
-    restore,
     settled,
     shown,
-    snapshot,
     stopped,
 )
 from seqdgm.inference.proposals import Proposal
@@ -141,7 +139,8 @@ def fit(
     r"""Maximise the likelihood by stochastic-approximation EM.
 
     The M-step is the model's `m_step` (see `ClosedForm`) where it has one, else a few
-    quasi-Newton iterations on the weighted joint log-densities. All series share the parameters.
+    quasi-Newton iterations on the weighted joint log-densities, in unconstrained coordinates of the
+    parameters that have a domain (`seqdgm.inference.coordinates`). All series share the parameters.
 
     Parameters
     ----------
@@ -172,14 +171,16 @@ def fit(
     """
     if tol < 0:
         raise ValueError(f"tol={tol!r} must be at least 0")
-    parameters = check_learnable(model)
+    model.set_starts(batch)
+    at = Coordinates.of(model)
     scheme = _Scheme(
+        at,
         SMCOptions(n_particles, resampler="multinomial"),
         n_trajectories,
         max_iter,
         burn_in,
         tol,
-        lambda memory: _maximise(model, batch, memory, parameters),
+        lambda memory: _maximise(model, batch, memory, at),
     )
     return _learn(model, batch, scheme, method, generator, progress)
 
@@ -258,12 +259,14 @@ def fit_networks(
             f"{type(model).__name__} feeds observations back, and some are missing: the "
             "trajectories of particle EM do not hold them; impute them first, or use another method"
         )
+    at = Coordinates.of(model)
     optimizer = torch.optim.AdamW(
-        check_learnable(model).values(),
+        at.parameters.values(),
         lr=chosen["learning_rate"],
         weight_decay=chosen["weight_decay"],
     )
     scheme = _Scheme(
+        at,
         SMCOptions(n_particles, resampler="multinomial", proposal=proposal),
         n_trajectories,
         chosen["max_epochs"],
@@ -281,6 +284,7 @@ def fit_networks(
 class _Scheme(NamedTuple):
     """How to learn: the filters, how long, and the M-step."""
 
+    at: Coordinates
     options: SMCOptions
     n_trajectories: int
     max_iter: int
@@ -305,9 +309,8 @@ def _learn(
         raise ValueError(f"n_particles={scheme.options.n_particles!r} must be at least 2")
     if model.latent_dim == 0:
         raise ValueError(f"{type(model).__name__} has no latent states; use method='mle'")
-    parameters = check_learnable(model)
     memory = _Memory()
-    good = snapshot(parameters)
+    good = scheme.at.snapshot()
 
     def iterate() -> Iterator[int]:
         nonlocal good
@@ -325,7 +328,7 @@ def _learn(
                     raise
                 memory.message = stopped(k, error)
                 return
-            good = snapshot(parameters)
+            good = scheme.at.snapshot()
             reference = Reference(draws.z[:, 0], ancestor_sampling=False)
             memory.objective.append(float(draws.log_likelihood.sum()))
             yield k
@@ -337,7 +340,7 @@ def _learn(
 
     for _ in shown(iterate(), scheme.max_iter) if progress else iterate():
         pass
-    restore(parameters, good)
+    scheme.at.restore(good)
     return FitReport(
         method=method,
         objective=tuple(memory.objective),
@@ -404,31 +407,46 @@ def _complete_data(
     return density.sum(2)
 
 
-def _maximise(
-    model: StateSpaceModel, batch: Batch, memory: _Memory, parameters: dict[str, nn.Parameter]
-) -> None:
+def _maximise(model: StateSpaceModel, batch: Batch, memory: _Memory, at: Coordinates) -> None:
     """The M-step; ValueError, with the series named, if it leads nowhere finite."""
     retained, weights = memory.all()
     if isinstance(model, ClosedForm):
         with torch.no_grad():
             model.m_step(batch, retained, weights)
-        _check(model, batch, retained, weights, parameters)
-        return
+        at.read()
+    else:
+        _quasi_newton(model, batch, retained, weights, at)
+    _check(model, batch, retained, weights, at)
+
+
+def _quasi_newton(
+    model: StateSpaceModel,
+    batch: Batch,
+    retained: Retained,
+    weights: Float[Tensor, "n"],
+    at: Coordinates,
+) -> None:
+    """A few quasi-Newton iterations."""
     scale = 1.0 / max(1, int(batch.mask.sum()))
     optimizer = torch.optim.LBFGS(
-        parameters.values(), max_iter=INNER_STEPS, line_search_fn="strong_wolfe"
+        at.free.values(), max_iter=INNER_STEPS, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
-        optimizer.zero_grad()
+        at.write()
         density = joint_log_density(model, batch, retained.z, retained.x)
         value: Tensor = -(density * weights).sum() * scale
-        value.backward()
+        given = torch.autograd.grad(
+            value, list(at.parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        found = at.pull_back(dict(zip(at.parameters, given, strict=True)))
+        for name, p in at.free.items():
+            p.grad = found[name]
         return value.detach()
 
     with torch.enable_grad():
         optimizer.step(loss)
-    _check(model, batch, retained, weights, parameters)
+    at.write()
 
 
 @torch.no_grad()
@@ -437,9 +455,9 @@ def _check(
     batch: Batch,
     retained: Retained,
     weights: Float[Tensor, "n"],
-    parameters: dict[str, nn.Parameter],
+    at: Coordinates,
 ) -> None:
-    wrong = [name for name, p in parameters.items() if not bool(p.isfinite().all())]
+    wrong = [name for name, p in at.free.items() if not bool(p.isfinite().all())]
     if wrong:
         raise ValueError(f"the M-step left {wrong} not finite")
     density = (joint_log_density(model, batch, retained.z, retained.x) * weights).sum(1)

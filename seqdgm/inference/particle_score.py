@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqdgm.inference import smoothing
+from seqdgm.inference.coordinates import Coordinates
 from seqdgm.inference.joint import joint_log_density
 from seqdgm.inference.marginals import Weighted
 from seqdgm.inference.smc import SMCOptions
@@ -226,8 +227,9 @@ def fit(
 ) -> FitReport:
     r"""Maximise the likelihood by stochastic gradient ascent with the particle score.
 
-    Adam with step :math:`a (1 + k / 20)^{-0.6}` at iteration k, and the average of the iterates as
-    the estimate. All series share the parameters.
+    It climbs in unconstrained coordinates of the parameters that have a domain
+    (`seqdgm.inference.coordinates`): Adam with step :math:`a (1 + k / 20)^{-0.6}` at iteration k,
+    and the average of the iterates as the estimate. All series share the parameters.
 
     Parameters
     ----------
@@ -238,7 +240,7 @@ def fit(
     max_iter : int
         Gradient steps at most.
     learning_rate : float
-        First step :math:`a` of each parameter, in its own units.
+        First step :math:`a` of each coordinate, in its own units.
     smoother : str or Smoother
         As in `score`.
     tol : float
@@ -261,10 +263,11 @@ def fit(
     check_count("n_trajectories", n_trajectories)
     if learning_rate <= 0 or tol < 0:
         raise ValueError(f"learning_rate={learning_rate!r} must be positive, tol={tol!r} not < 0")
-    parameters = check_learnable(model)
+    model.set_starts(batch)
+    at = Coordinates.of(model)
     options = SMCOptions(n_particles)
-    optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate, maximize=True)
-    state = _Ascent(average=snapshot(parameters))
+    optimizer = torch.optim.Adam(at.free.values(), lr=learning_rate, maximize=True)
+    state = _Ascent(average=at.snapshot())
 
     def ascend() -> Iterator[int]:
         for k in range(max_iter):
@@ -272,26 +275,27 @@ def fit(
                 draws = draw_trajectories(
                     model, batch, options, generator, n_trajectories, smoother
                 )
-                found = gradient(model, batch, draws)
+                found = at.pull_back(gradient(model, batch, draws))
             except ValueError as error:
                 if k == 0:
                     raise
                 state.message = stopped(k, error)
                 return
             state.objective.append(float(draws.log_likelihood.sum()))
-            _average(state, parameters, k + 1)
+            _average(state, at.snapshot(), k + 1)
             yield k
             if settled(state.past, tol):
                 state.converged = True
                 return
             optimizer.param_groups[0]["lr"] = learning_rate * (1 + k / 20) ** -0.6
-            for name, p in parameters.items():
+            for name, p in at.free.items():
                 p.grad = found[name]
             optimizer.step()
+            at.write()
 
     for _ in shown(ascend(), max_iter) if progress else ascend():
         pass
-    restore(parameters, state.average)
+    at.restore(state.average)
     return FitReport(
         method=method,
         objective=tuple(state.objective),
@@ -303,10 +307,9 @@ def fit(
     )
 
 
-def _average(state: _Ascent, parameters: dict[str, nn.Parameter], k: int) -> None:
+def _average(state: _Ascent, now: dict[str, Tensor], k: int) -> None:
     """Take iterate number k into the average, with a weight that forgets the start."""
     weight = (1 + FORGET) / (k + FORGET)
-    now = snapshot(parameters)
     state.average = {
         name: torch.lerp(held, now[name], weight) for name, held in state.average.items()
     }
@@ -319,30 +322,6 @@ def settled(past: list[dict[str, Tensor]], tol: float) -> bool:
         return False
     first, last = past[0], past[-1]
     return all(bool(((last[k] - first[k]).abs() <= tol * (1 + last[k].abs())).all()) for k in last)
-
-
-def check_learnable(model: StateSpaceModel) -> dict[str, nn.Parameter]:
-    """The learnable parameters; ValueError where there are none."""
-    parameters = learnable(model)
-    if not parameters:
-        raise ValueError(
-            f"{type(model).__name__} has nothing to learn; make its parameters torch.nn.Parameter "
-            "attributes, or call fit with method='given'"
-        )
-    return parameters
-
-
-def snapshot(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies of the parameters' values."""
-    return {name: p.detach().clone() for name, p in parameters.items()}
-
-
-@torch.no_grad()
-def restore(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Set the parameters' values, and leave no gradient behind."""
-    for name, p in parameters.items():
-        p.copy_(values[name])
-        p.grad = None
 
 
 def stopped(k: int, error: ValueError) -> str:

@@ -38,9 +38,10 @@ class ParameterPosterior:
     log_likelihood : ndarray of shape (chain, draw)
         Of the data at each draw, in nats and in the data's own units, summed over the series that
         share the parameters.
-    kind : {"exact", "estimate", "lower bound", "complete data"}
-        What `log_likelihood` is: that of an exact engine, the estimate with which the draw was
-        accepted, or the log-density of observations and states together (particle Gibbs).
+    kind : {"exact", "estimate", "lower bound", "approximation", "complete data"}
+        What `log_likelihood` is: that of an exact or approximate engine, the estimate with which
+        the draw was accepted, or the log-density of observations and states together (particle
+        Gibbs).
     log_prior : ndarray of shape (chain, draw)
     accept_rate : ndarray of shape (chain,)
         Share of proposals accepted after the warm-up.

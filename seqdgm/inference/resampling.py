@@ -53,9 +53,13 @@ def normalise(
     log_weights: Float[Tensor, "series particle"],
 ) -> tuple[Float[Tensor, "series particle"], Float[Tensor, "series"]]:
     """Return normalised log-weights and the log of their sum (-inf where all weights vanish)."""
-    total = torch.logsumexp(log_weights, -1)
-    safe = torch.where(torch.isfinite(total), total, 0.0)
-    return log_weights - safe[:, None], total
+    # Relative to the largest, because a sum that is much larger than 1 would round all others.
+    top = log_weights.detach().amax(-1)
+    shift = torch.where(torch.isfinite(top), top, 0.0)
+    relative = log_weights - shift[:, None]
+    rest = torch.logsumexp(relative, -1)
+    safe = torch.where(torch.isfinite(rest), rest, 0.0)
+    return relative - safe[:, None], shift + rest
 
 
 def weigh(log_weights: Float[Tensor, "series particle"]) -> Weighed:

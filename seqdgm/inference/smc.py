@@ -118,7 +118,7 @@ class Reference(NamedTuple):
         Not read beyond a series' end.
     ancestor_sampling : bool
         Whether the reference draws a new ancestor at every resampling, with probabilities
-        :math:`W_{t-1} f(z'_t \mid z_{t-1})`; for Markov models.
+        :math:`W_{t-1} f(z'_t \mid h_t)`; for `memoryless` models.
     """
 
     z: Float[Tensor, "series time state"]
@@ -351,7 +351,7 @@ def _make_plan(
                 f"the reference has shape {tuple(reference.z.shape)}, not (series, time, state) = "
                 f"{wanted}"
             )
-        if reference.ancestor_sampling and not model.markov:
+        if reference.ancestor_sampling and not model.memoryless:
             raise ValueError(
                 f"{type(model).__name__} has a memory besides z, so that the reference cannot draw "
                 "new ancestors step by step; use ancestor_sampling=False"

@@ -352,18 +352,20 @@ def bind_weigh(digest: str) -> Callable[..., None]:
         for s in range(start, stop):
             row, result = x[s], out[s]
             largest = top(row)
-            shift = 0.0
+            rest = 0.0
             if not math.isinf(largest):
                 total, squares = exp_sums(row, largest)
-                shift = largest + math.log(total)
-                totals[s] = shift
+                rest = math.log(total)
+                totals[s] = largest + rest
                 ess[s] = total * total / squares
             else:
                 totals[s] = largest
                 ess[s] = 0.0 if largest < 0.0 else math.nan
-            shift = shift if math.isfinite(shift) else 0.0
+            # Relative to the largest: a total much larger than 1 would round all others.
+            finite = math.isfinite(totals[s])
+            largest, rest = (largest, rest) if finite else (0.0, 0.0)
             for k in range(len(row)):
-                result[k] = row[k] - shift
+                result[k] = (row[k] - largest) - rest
 
     return weigh
 

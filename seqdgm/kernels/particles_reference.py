@@ -29,10 +29,15 @@ _LOG_2PI = math.log(2.0 * math.pi)
 
 def weigh(log_weights: Float[Tensor, "series particle"]) -> Weighed:
     """Normalise weights."""
-    total = torch.logsumexp(log_weights, -1)
+    # Relative to the largest, because a sum that is much larger than 1 would round all others.
+    top = log_weights.detach().amax(-1)
+    shift = torch.where(torch.isfinite(top), top, 0.0)
+    relative = log_weights - shift[:, None]
+    rest = torch.logsumexp(relative, -1)
+    total = shift + rest
     finite = torch.isfinite(total)
-    normalised = log_weights - torch.where(finite, total, 0.0)[:, None]
-    ess = (-torch.logsumexp(2 * normalised, -1)).exp()
+    normalised = relative - torch.where(finite, rest, 0.0)[:, None]
+    ess = (2 * rest - torch.logsumexp(2 * relative, -1)).exp()
     ess = torch.where(finite, ess, torch.where(total == -torch.inf, 0.0, torch.nan))
     return Weighed(normalised, total, ess)
 

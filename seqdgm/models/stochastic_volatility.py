@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal, StudentT
+from torch.distributions import Distribution, Normal, StudentT, constraints
+from torch.distributions.constraints import Constraint
 
 from seqdgm.kernels.particles_types import Volatility as Fused
 from seqdgm.models._log_squares import LogSquares
@@ -64,8 +65,10 @@ class StochasticVolatility(StateSpaceModel):
     leverage without a second latent variable. The error of a missing return is integrated out, by a
     draw where errors are Student-t.
 
-    What is given in the constructor is held fixed by `fit`; the rest is learned. The parameters
-    are shared by the series of a panel. The likelihood is estimated by particles.
+    What is given in the constructor is held fixed by `fit`; the rest is learned, by quasi-maximum
+    likelihood (``method="qml"``, fast and rough), by the particle score (``"mle"``) or by
+    stochastic-approximation EM (``"particle-em"``). The parameters are shared by the series of a
+    panel. The likelihood is estimated by particles.
 
     Parameters
     ----------
@@ -120,7 +123,17 @@ class StochasticVolatility(StateSpaceModel):
     """
 
     engines: ClassVar[tuple[str, ...]] = ("particle",)
-    learners: ClassVar[Mapping[str, str]] = {"qml": "quasi-likelihood"}
+    learners: ClassVar[Mapping[str, str]] = {
+        "qml": "quasi-likelihood",
+        "mle": "particle-score",
+        "particle-em": "particle-em",
+    }
+    domains: ClassVar[Mapping[str, Constraint]] = {
+        "rho": constraints.interval(-1.0, 1.0),
+        "sigma": constraints.positive,
+        "df": constraints.greater_than(2.0),
+        "correlation": constraints.interval(-1.0, 1.0),
+    }
     latent_dim = 1
 
     mean: nn.Parameter
@@ -158,7 +171,8 @@ class StochasticVolatility(StateSpaceModel):
         _check_domain(self._given, distribution, self.leverage)
         for name in SCALARS:
             known = self._given[name]
-            value = torch.tensor(STARTS[name] if known is None else float(known)).double()
+            start = STARTS[name] if known is None else float(known)
+            value = torch.tensor(start, dtype=torch.float64)
             absent = (name == "df" and distribution == "gaussian") or (
                 name == "correlation" and not self.leverage
             )
@@ -230,6 +244,11 @@ class StochasticVolatility(StateSpaceModel):
         """Without leverage the log-variance alone is the state."""
         return not self.leverage
 
+    @property
+    def memoryless(self) -> bool:
+        """The location, which leverage keeps beside z, is the same whatever z was."""
+        return True
+
     def location(self, u: Inputs) -> Tensor:
         """Mean of the return, broadcastable with the log-variance."""
         if self.beta is None:
@@ -267,14 +286,14 @@ class StochasticVolatility(StateSpaceModel):
             return NextVolatility(*(value.expand(s.shape) for value in first))
         assert x is not None
         assert self.correlation is not None
-        v = (x - s.location) * (-0.5 * s.z).exp()
+        # Without the return, e is the standard normal variable that it is by itself.
+        missing = x.isnan()
+        v = torch.where(missing, 0.0, x - s.location) * (-0.5 * s.z).exp()
         if self.df is not None:
             v = v * ((self.df + 1) / (self.df + v**2)).sqrt()
         mean = self.mu + self.rho * (s.z - self.mu)
+        mean = mean + self.sigma * self.correlation * v
         scale = self.sigma * (1 - self.correlation**2).sqrt()
-        # Without the return, e is the standard normal variable that it is by itself.
-        missing = x.isnan()
-        mean = torch.where(missing, mean, mean + self.sigma * self.correlation * v)
         scale = torch.where(missing, self.sigma, scale)
         return NextVolatility(mean, scale, location.expand(mean.shape))
 
@@ -311,6 +330,18 @@ class StochasticVolatility(StateSpaceModel):
         )
 
     # -- learning -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_starts(self, batch: Batch) -> None:
+        """Location by least squares, and mu by the variance of the errors."""
+        self._fit_location(batch)
+        if "mu" in self.free:
+            u = Inputs(batch.u[:, : batch.n_steps], torch.arange(batch.n_steps))
+            error = (batch.x - self.location(u))[batch.mask]
+            variance = error.square().mean()
+            if not bool(variance > 0):
+                raise ValueError("the returns do not vary, so they have no volatility to model")
+            self.mu.copy_(variance.log())
 
     def surrogate(self, batch: Batch) -> tuple[LogSquares, Batch]:
         """Linear-Gaussian stand-in for quasi-maximum likelihood, and its data.
