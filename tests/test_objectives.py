@@ -387,7 +387,7 @@ def test_resampling_gradients_are_those_of_the_expected_bound() -> None:
     """Finite differences of the mean bound, with the same noise on both sides."""
     model = Linear()
     x = np.array([[[1.5], [-2.0], [2.5]]])
-    rows, step = 20_000, 0.04
+    rows, step = 40_000, 0.04
     batch = batch_of(x, rows)
     sides = []
     for sign in (-1, 1):
@@ -402,7 +402,7 @@ def test_resampling_gradients_are_those_of_the_expected_bound() -> None:
         objective = Objective("fivo", 2, threshold=1.0, resampling_gradients=scored)
         each = [
             float(gradients(model, run(model, part, objective, seed=k).value.mean(0).sum())[4])
-            for k, part in enumerate([batch.take(torch.arange(rows // 20))] * 20)
+            for k, part in enumerate([batch.take(torch.arange(rows // 10))] * 20)
         ]
         found[scored] = (np.mean(each), np.std(each, ddof=1) / math.sqrt(20))
     error = math.hypot(float(slope.std()) / math.sqrt(rows), found[True][1])

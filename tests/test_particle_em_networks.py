@@ -36,6 +36,7 @@ def fit(model, batch, **options):
     )
 
 
+@pytest.mark.slow
 def test_it_climbs_to_the_maximum_and_its_proposal_learns_the_posterior() -> None:
     x = simulated(40, 8)
 
