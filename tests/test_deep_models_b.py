@@ -316,6 +316,13 @@ def test_every_objective_trains_every_model(name: str, method: str) -> None:
     assert np.isfinite(model.fit_report_.objective).all()
 
 
+def test_particle_em_trains_the_state_space_lstm() -> None:
+    model = LATENT["lstm-ssm"].clone()
+    model.fit([wave(12, 0), wave(9, 1)], method="particle-em", n_particles=5, seed=0)
+    assert np.isfinite(model.fit_report_.objective).all()
+    assert np.isfinite(model.log_prob(n_particles=20, seed=0).value).all()
+
+
 def test_noise_trains_with_gaps() -> None:
     y = wave(20)
     y[4:6] = np.nan
