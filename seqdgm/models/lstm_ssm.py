@@ -74,9 +74,9 @@ class LSTMSSM(DeepModel):
     References
     ----------
     Zheng, Zaheer, Ahmed, Wang, Xing and Smola (2017), State space LSTM models with particle MCMC
-    inference, arXiv:1711.11179, the Gaussian model. The paper's emission is linear and its learning
-    draws the states by particle Gibbs; here the emission is a network, and the default is the
-    evidence lower bound.
+    inference, arXiv:1711.11179, the Gaussian model. The paper's emission is linear, here it is a
+    network. Its learning draws the states by particle Gibbs, ``fit(method="particle-em")``; the
+    default is the evidence lower bound.
     """
 
     engines: ClassVar[tuple[str, ...]] = ("particle", "variational")
@@ -85,6 +85,7 @@ class LSTMSSM(DeepModel):
         "iwae": "gradient",
         "fivo": "gradient",
         "rws": "gradient",
+        "particle-em": "particle-em-networks",
     }
 
     def __init__(
