@@ -112,7 +112,7 @@ class _Combine(torch.autograd.Function):
             n = len(c_t)
             torch.addmm(b, before[:n], w_in, out=a_t).tanh_()
             torch.addmm(d, torch.add(a_t, c_t, out=hidden[:n]), v_in, out=out_t)
-            torch._C._nn.softplus(out_t[:, latent:], out=scale_t).add_(min_scale)
+            torch.ops.aten.softplus.out(out_t[:, latent:], out=scale_t).add_(min_scale)
             before = torch.addcmul(out_t[:, :latent], scale_t, noise_t, out=z_t)
         ctx.save_for_backward(c, first, noise, w, b, v, d, a, out, z)
         ctx.ragged, ctx.min_scale = ragged, min_scale
