@@ -16,8 +16,15 @@ from torch import Tensor
 from seqdgm.inference.hessian import Natural
 from seqdgm.kernels.types import System
 from seqdgm.models._diagnostics import LinearGaussianModel
-from seqdgm.models._polynomials import partial_from_coefficients
-from seqdgm.models._structural import StructuralSpec, harmonic_numbers, system
+from seqdgm.models._structural import StructuralSpec, system
+from seqdgm.models._structural_checks import (
+    KINDS,
+    check_cycle,
+    check_fixed,
+    check_kind,
+    flags,
+    seasons,
+)
 from seqdgm.models._structural_search import (
     Scope,
     constrain,
@@ -29,8 +36,6 @@ from seqdgm.panel import Panel
 from seqdgm.prepare import prepare
 from seqdgm.transform import Function
 from seqdgm.types import Batch
-
-_KINDS = (None, "stochastic", "deterministic")
 
 
 class StructuralSSM(LinearGaussianModel):
@@ -152,27 +157,27 @@ class StructuralSSM(LinearGaussianModel):
         self.cycle_bounds, self.irregular = cycle_bounds, irregular
         self.time_varying_regression, self.transform = time_varying_regression, transform
         self.fixed = None if fixed is None else dict(fixed)
-        _check_kind("level", level, _KINDS)
-        _check_kind("trend", trend, (*_KINDS, "damped"))
-        _check_kind("cycle", cycle, _KINDS)
+        check_kind("level", level, KINDS)
+        check_kind("trend", trend, (*KINDS, "damped"))
+        check_kind("cycle", cycle, KINDS)
         if trend is not None and level is None:
             raise ValueError("a trend is the slope of a level; give level as well, or trend=None")
         if int(ar) != ar or ar < 0:
             raise ValueError(f"ar={ar!r} must be a whole number, at least 0")
-        periods, numbers = _seasons(seasonal, seasonal_kind, harmonics)
+        periods, numbers = seasons(seasonal, seasonal_kind, harmonics)
         self.spec_ = StructuralSpec(
             level,
             trend,
             periods,
             numbers,
-            _flags(seasonal, seasonal_stochastic),
+            flags(seasonal, seasonal_stochastic),
             cycle,
             int(ar),
             bool(irregular),
             bool(time_varying_regression),
             fixed=tuple((str(name), float(value)) for name, value in (fixed or {}).items()),
         )
-        _check_cycle(self.spec_, cycle_bounds)
+        check_cycle(self.spec_, cycle_bounds)
         if not self.spec_.sources:
             raise ValueError(
                 "nothing in the model is random; use irregular=True or a stochastic component"
@@ -207,7 +212,7 @@ class StructuralSSM(LinearGaussianModel):
         """Take the number of regressors into the specification."""
         self.spec_ = replace(self.spec_, n_inputs=input_dim)
         self.latent_dim = self.spec_.n_state
-        _check_fixed(self.spec_)
+        check_fixed(self.spec_)
         if self.latent_dim == 0:
             raise ValueError(
                 "the model has no component but the irregular one; give level, or inputs to fit"
@@ -423,83 +428,3 @@ def _projected(
     known = np.where(np.isinf(cov), 0.0, cov)
     variance = np.einsum("ntk,ntkl,ntl->nt", load, known, load)
     return (load * mean).sum(-1), np.where(diffuse, np.inf, variance)
-
-
-def _check_kind(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {known}")
-
-
-def _flags(
-    seasonal: int | Sequence[int] | None, stochastic: bool | Sequence[bool]
-) -> tuple[bool, ...]:
-    """Whether the seasons of each period change, shortest period first."""
-    periods = [] if seasonal is None else np.atleast_1d(np.asarray(seasonal)).tolist()
-    given = [stochastic] * len(periods) if isinstance(stochastic, bool) else list(stochastic)
-    if len(given) != len(periods):
-        raise ValueError(
-            f"seasonal_stochastic={stochastic!r} must be one bool, or one for each of {periods}"
-        )
-    return tuple(bool(given[k]) for k in np.argsort(periods))
-
-
-def _check_fixed(spec: StructuralSpec) -> None:
-    """Refuse names the model does not have, and values outside their range."""
-    fixed = dict(spec.fixed)
-    for name, value in fixed.items():
-        if name not in spec.names:
-            raise ValueError(f"fixed has {name!r}, but the model has {list(spec.names)}")
-        top = {"trend.damping": 1.0, "cycle.damping": 1.0 - 1e-8}.get(name, math.inf)
-        low = 2.0 if name == "cycle.period" else 0.0
-        if not (math.isfinite(value) and (name.startswith("ar.") or low <= value <= top)):
-            raise ValueError(f"fixed[{name!r}]={value!r} must lie between {low:g} and {top:g}")
-    ar = [fixed[name] for name in spec.others if name.startswith("ar.") and name in fixed]
-    if ar and len(ar) < spec.ar:
-        raise ValueError(
-            f"fixed has {len(ar)} of the {spec.ar} AR coefficients; fix all of them or none"
-        )
-    if ar and not (np.abs(partial_from_coefficients(np.array([ar]))) < 1.0).all():
-        raise ValueError(f"the AR coefficients {ar} in fixed are not stationary; shrink them")
-
-
-def _check_cycle(spec: StructuralSpec, bounds: tuple[float, float]) -> None:
-    low, high = bounds
-    if not 2 <= low < high:
-        raise ValueError(f"cycle_bounds={bounds!r} must be two periods, 2 <= low < high")
-    if spec.cycle != "deterministic":
-        return
-    for frequency in spec.frequencies:
-        period = 2 * math.pi / frequency
-        if low < period < high:
-            raise ValueError(
-                f"a deterministic cycle between {low:g} and {high:g} steps could repeat the "
-                f"seasonal wave of {period:g}; narrow cycle_bounds to leave it out"
-            )
-
-
-def _seasons(
-    seasonal: int | Sequence[int] | None, kind: str, harmonics: int | Sequence[int] | None
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...] | None]:
-    """Periods, shortest first, and the harmonic numbers of each (None for dummy seasons)."""
-    _check_kind("seasonal_kind", kind, ("dummy", "trigonometric"))
-    given = () if seasonal is None else np.atleast_1d(np.asarray(seasonal)).tolist()
-    if any(int(s) != s or s < 2 for s in given) or len(set(given)) < len(given):
-        raise ValueError(
-            f"seasonal={seasonal!r} must be a period of at least 2 whole steps, or several "
-            "different ones"
-        )
-    if harmonics is not None and (kind == "dummy" or not given):
-        raise ValueError(
-            f"harmonics={harmonics!r} needs seasonal_kind='trigonometric' and a seasonal period"
-        )
-    if harmonics is None or isinstance(harmonics, int | np.integer):
-        counts = [harmonics] * len(given)
-    else:
-        counts = list(harmonics)
-    if len(counts) != len(given):
-        raise ValueError(f"harmonics={harmonics!r} must give one number for each of {given}")
-    order = np.argsort(given)
-    periods = tuple(int(given[k]) for k in order)
-    if kind == "dummy":
-        return periods, None
-    return periods, harmonic_numbers(periods, [counts[k] for k in order])
