@@ -16,6 +16,7 @@ from torch import Tensor
 from seqdgm.inference.hessian import Natural
 from seqdgm.kernels.types import System
 from seqdgm.models._diagnostics import LinearGaussianModel
+from seqdgm.models._polynomials import partial_from_coefficients
 from seqdgm.models._structural import StructuralSpec, system
 from seqdgm.models._structural_checks import (
     KINDS,
