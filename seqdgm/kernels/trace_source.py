@@ -168,7 +168,8 @@ def _loop(
             needed.add(k)
             if tape.nodes[k].op in _PLAIN or tape.nodes[k].op in _CALLS:
                 waiting.extend(tape.nodes[k].args)
-    before, inside = [], []
+    before: list[str] = []
+    inside: list[str] = []
     for k in sorted(needed):
         node = tape.nodes[k]
         (inside if node.level == PARTICLE else before).append(f"v{k} = {_text(tape, rows, k)}")
