@@ -104,9 +104,9 @@ class Noisin(DeepModel):
         Units of the cell.
     emission : str
         Observation model; see `RNN`.
-    noise : {"gaussian", "logistic", "laplace", "gamma", "bernoulli", "gumbel", "beta", \
-"chi-square"}
-        Family of the noise. Multiplicative ``"bernoulli"`` is dropout of the hidden state, with
+    noise : str
+        Family of the noise: ``"gaussian" "logistic" "laplace" "gamma" "bernoulli" "gumbel" "beta"
+        "chi-square"``. Multiplicative ``"bernoulli"`` is dropout of the hidden state, with
         rate :math:`\gamma^2 / (1 + \gamma^2)`; ``"gamma"`` has shape :math:`1 / \gamma^2`, hence a
         positive factor; ``"beta"`` is Beta(2, 2); ``"chi-square"`` has one degree of freedom.
     noise_scale : float
