@@ -553,6 +553,8 @@ def test_threads_change_nothing() -> None:
     torch.set_num_threads(1)
     alone = bootstrap_volatility(model, x, mask, lengths, n_particles=count, **options)
     for part, other, one in zip(shared, whole, alone, strict=True):
+        if one is None:
+            continue  # covariances, which a state of one element has not
         assert (part[0].nan_to_num() == one[0].nan_to_num()).all()
         assert (other.nan_to_num() == one.nan_to_num()).all()
 

@@ -255,9 +255,9 @@ def predictive(
     ...     F=[[0.9]], H=[[1.0]], Q=[[1.0]], R=[[0.01]], m0=[0.0], P0=[[1.0]], diffuse=False
     ... )
     >>> y = model.sample(20, seed=0)
-    >>> guided = model.filter(y, method="particle", seed=0, proposal="ekf")
-    >>> adapted = model.filter(y, method="particle", seed=0, proposal="ekf", lookahead="ekf")
-    >>> bool(adapted.ess.min() > guided.ess.min())
+    >>> options = {"method": "particle", "proposal": "ekf", "threshold": 1.0, "seed": 0}
+    >>> adapted = model.filter(y, lookahead="ekf", **options)
+    >>> bool(adapted.ess.min() > model.filter(y, **options).ess.min())
     True
 
     References
