@@ -85,11 +85,9 @@ def quantised_sum(log_weights: np.ndarray) -> float:
 def _below(C: float, total: float, u: float, n: int) -> float:
     """How many systematic levels lie below C."""
     step, rate = total / n, n / total
-    # Rounding may have moved the product past one level, so the next two are compared.
-    below = np.floor(C * rate - u)
-    first = 1.0 if (below + u) * step < C else 0.0
-    second = 1.0 if ((below + 1.0) + u) * step < C else 0.0
-    below = below + first + second
+    # The product is wrong by far less than half a level: only the nearest has to be compared.
+    near = np.rint(C * rate - u)
+    below = near + (1.0 if (near + u) * step < C else 0.0)
     return below if total > C else n + 0.0
 
 
@@ -237,8 +235,16 @@ def _killing(
 def _systematic_row(
     log_weights: np.ndarray, u: float, c: np.ndarray, starts: np.ndarray, out: np.ndarray
 ) -> None:
-    """Systematic ancestors, with the cumulative sums of one block at a time in memory."""
+    """Systematic ancestors, with the cumulative sums of at most one block at a time in memory."""
     n = len(log_weights)
+    if n <= BLOCK:
+        quantise(log_weights, 0.0, UNIT, c[:n])
+        whole = accumulate(c[:n], 0.0)
+        if 0.0 < whole < math.inf:
+            place(c[:n], 0, 0.0, 0.0, whole, u, n, starts, out)
+        else:
+            out[:] = -1
+        return
     total, before = 0.0, 0.0
     for first in range(0, n, BLOCK):
         total += quantised_sum(log_weights[first : first + BLOCK])
