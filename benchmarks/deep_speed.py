@@ -215,13 +215,13 @@ def recurrent_latent(kind: type[sq.SequenceModel], sizes: Sizes) -> sq.SequenceM
 
 
 def vrnn(sizes: Sizes) -> Task:
-    model, dmm = recurrent_latent(VRNN, sizes), recurrent_latent(sq.DMM, sizes)
-    return beside("VRNN", model, {}, reference("DMM, GRU encoder", dmm, sizes), sizes)
+    model, dmm = recurrent_latent(VRNN, sizes), deep_markov(sizes)
+    return beside("VRNN", model, {}, reference("DMM of the first row", dmm, sizes), sizes)
 
 
 def srnn(sizes: Sizes) -> Task:
-    model, dmm = recurrent_latent(SRNN, sizes), recurrent_latent(sq.DMM, sizes)
-    return beside("SRNN", model, {}, reference("DMM, GRU encoder", dmm, sizes), sizes)
+    model, dmm = recurrent_latent(SRNN, sizes), deep_markov(sizes)
+    return beside("SRNN", model, {}, reference("DMM of the first row", dmm, sizes), sizes)
 
 
 def fivo(sizes: Sizes) -> Task:
