@@ -239,3 +239,14 @@ def test_nile_estimates_are_the_published_ones() -> None:
     model = sq.LinearGaussianSSM(F=[[1.0]], H=[[1.0]], diffuse=True).fit(nile, method="mle")
     assert model.R_.item() == pytest.approx(15099, rel=2e-4)
     assert model.Q_.item() == pytest.approx(1469.1, rel=2e-4)
+
+
+@pytest.mark.parametrize("lengths", [(6,), (2, 6)])
+def test_a_variance_that_collapses_ends_the_climb(lengths: tuple[int, ...]) -> None:
+    """The likelihood of a constant series has no maximum: R goes to zero, where numbers end."""
+    y = [np.full((n, 1), 1e8) for n in lengths]
+    model = sq.LinearGaussianSSM(latent_dim=2).fit(y, seed=1)
+    states = model.smooth(y)
+    for k, n in enumerate(lengths):
+        assert np.isfinite(states.cov[k, :n]).all()
+    assert np.isfinite(model.forecast(3).mean).all()

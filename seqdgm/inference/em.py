@@ -284,7 +284,11 @@ def _climb(
     for _ in range(max_iter):
         system = model.em_system(parameters, u)
         smoothed = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=True)
-        now = smoothed.loglik.sum(0, keepdim=True) if pooled else smoothed.loglik
+        sound = _sound(smoothed, batch.lengths)
+        if not bool(sound.all()):
+            smoothed = _silenced(smoothed, sound)
+        likelihood = torch.where(sound, smoothed.loglik, torch.nan)
+        now = likelihood.sum(0, keepdim=True) if pooled else likelihood
         # EM cannot lower the likelihood: where it does, rounding has taken over.
         worse = now < value - 1e-6 * (1 + value.abs())
         failed = failed | ((~torch.isfinite(now) | worse) & ~done)
@@ -299,6 +303,34 @@ def _climb(
         found = model.em_step(parameters, Expected(batch, system, smoothed, pooled))
         parameters = _where(~done & ~failed, found, best)
     return _Climb(best, value, done, failed, tuple(trace))
+
+
+def _sound(smoothed: Smoothed, lengths: Int[Tensor, "series"]) -> Bool[Tensor, "series"]:
+    """Whether the moments of a series are numbers; not where a variance has collapsed to zero."""
+    n, steps = smoothed.mean.shape[:2]
+    past = torch.arange(steps) >= lengths[:, None]
+    fields = [(smoothed.mean, past), (smoothed.cov, past)]
+    if smoothed.lag_one is not None:
+        fields.append((smoothed.lag_one, past[:, 1:]))
+    checks = [
+        (torch.isfinite(field.reshape(n, gone.shape[1], -1)).all(-1) | gone).all(1)
+        for field, gone in fields
+    ]
+    return torch.stack(checks).all(0)
+
+
+def _silenced(smoothed: Smoothed, sound: Bool[Tensor, "series"]) -> Smoothed:
+    """Zeros for the moments of series without any, so that the others can go on."""
+
+    def keep(field: Tensor | None) -> Tensor | None:
+        if field is None:
+            return None
+        return torch.where(sound.reshape(-1, *[1] * (field.ndim - 1)), field, 0.0)
+
+    mean, cov = keep(smoothed.mean), keep(smoothed.cov)
+    assert mean is not None
+    assert cov is not None
+    return smoothed._replace(mean=mean, cov=cov, lag_one=keep(smoothed.lag_one))
 
 
 def _best(climbs: Sequence[_Climb]) -> tuple[_Climb, Int[Tensor, "sys"]]:
