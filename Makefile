@@ -1,5 +1,6 @@
 # make demo    a comparison of classical and deep models on a real series, from an empty machine
 # make test    the tests;   make test PYTEST_ARGS='-m slow'   the slow ones
+# make fuzz    the property tests on new random examples
 # make lint    ruff and mypy;   make format   let ruff rewrite
 # make docs    the documentation, in docs/_build/html
 # make bench   the benchmarks, one script after another
@@ -24,7 +25,7 @@ SPECS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test fuzz lint format docs bench clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -56,6 +57,11 @@ demo: $(VENV)/.installed
 # One thread a worker: the workers already fill the cores.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-test
+	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		-m 'slow or not slow' tests/test_fuzzing.py tests/test_panel.py tests/test_arima_system.py \
+		tests/test_kalman_kernels.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import minimize
 
 import seqdgm as sq
+from seqdgm.inference.em import Expected
 from seqdgm.inference.kalman import conditional_emission
 from seqdgm.models.linear_gaussian import Matrices
 from seqdgm.types import Batch
@@ -250,3 +251,31 @@ def test_a_variance_that_collapses_ends_the_climb(lengths: tuple[int, ...]) -> N
     for k, n in enumerate(lengths):
         assert np.isfinite(states.cov[k, :n]).all()
     assert np.isfinite(model.forecast(3).mean).all()
+
+
+def test_a_series_that_the_states_explain_exactly_keeps_some_noise() -> None:
+    """Two values and two states: without a least noise the likelihood has no maximum."""
+    fitted = sq.LinearGaussianSSM(latent_dim=2).fit([np.array([[1.2573e-4], [-1.321e-4]])], seed=1)
+    assert np.isfinite(fitted.log_prob().value).all()
+    low, high = fitted.forecast(3).interval(90)
+    assert (low < high).all()
+
+
+def test_the_least_noise_is_the_best_covariance_above_it() -> None:
+    """Against a search over all covariances that are the floor and a square."""
+    floor = torch.tensor([[2.0, 0.5]], dtype=torch.float64)
+    residual = torch.tensor([[[3.0, 0.9], [0.9, 0.4]]], dtype=torch.float64)
+    expected = Expected(None, None, None, True, floor)  # type: ignore[arg-type]
+    found, given = expected.above_noise(residual)[0].numpy(), residual[0].numpy()
+
+    def cost(entries: np.ndarray) -> float:
+        root = np.array([[entries[0], 0.0], [entries[1], entries[2]]])
+        cov = np.diag(floor[0].numpy()) + root @ root.T
+        return float(
+            np.linalg.slogdet(cov)[1] + np.trace(np.linalg.solve(cov, residual[0].numpy()))
+        )
+
+    best = min((minimize(cost, start, tol=1e-14) for start in np.eye(3)), key=lambda r: r.fun)
+    value = np.linalg.slogdet(found)[1] + np.trace(np.linalg.solve(found, given))
+    assert value <= best.fun + 1e-9
+    assert np.linalg.eigvalsh(found - np.diag(floor[0].numpy())).min() > -1e-12

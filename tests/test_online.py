@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from typing import Any
 
@@ -174,12 +175,14 @@ def test_memory_does_not_grow() -> None:
     online.step(1.0)
     tracemalloc.start()
     try:
-        for _ in range(50):
-            online.step(1.0)
-        early = tracemalloc.get_traced_memory()[0]
-        for _ in range(1000):
-            online.step(1.0)
-        assert tracemalloc.get_traced_memory()[0] < early + 2000
+        held = []
+        for _ in range(4):
+            for _ in range(500):
+                online.step(1.0)
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+        # What is loaded or cached on the way grows once; a memory of the past grows every time.
+        assert np.diff(held).min() < 1000, held
     finally:
         tracemalloc.stop()
 

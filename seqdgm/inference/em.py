@@ -32,6 +32,8 @@ from seqdgm.results import FitReport
 from seqdgm.types import Batch, check_count
 
 Parameters = Any  # a NamedTuple of tensors whose first axis is the series, or 1 where shared
+_LEAST_NOISE = 1e-9  # smallest emission variance, in units of the variance of its column
+_ROUNDING = 1e-14  # smallest standard deviation, in units of the size of the values
 
 
 class EMModel(Protocol):
@@ -107,12 +109,16 @@ class Expected:
     smoothed : Smoothed
     pooled : bool
         Whether moments are summed over the series.
+    least_noise : Tensor of shape (sys, obs)
+        Lower bound of the emission variances: without one the likelihood of a series that the
+        states explain exactly has no maximum.
     """
 
     batch: Batch
     system: System
     smoothed: Smoothed
     pooled: bool
+    least_noise: Float[Tensor, "sys obs"]
 
     @cached_property
     def moments(
@@ -189,6 +195,22 @@ class Expected:
             rg.index_add_(0, n, cross)
             gg[:, :size, :size].index_add_(0, n, v)
         return self._total(rr, rg, gg, some.sum(1).to(mean.dtype))
+
+    def above_noise(self, cov: Float[Tensor, "sys obs obs"]) -> Float[Tensor, "sys obs obs"]:
+        """Nearest emission covariance, in units of `least_noise`, that nowhere falls below it.
+
+        Among such covariances it maximises the expected log-likelihood too, which depends on
+        each eigenvalue by itself and has one top in it.
+        """
+        root = self.least_noise.sqrt()
+        units = root[..., :, None] * root[..., None, :]
+        scaled = torch.nan_to_num(cov / units)
+        low = torch.linalg.cholesky_ex(scaled - torch.eye(cov.shape[-1]).to(cov)).info != 0
+        if not bool(low.any()):
+            return cov
+        values, vectors = torch.linalg.eigh(scaled)
+        lifted = (vectors * values.clamp_min(1.0)[..., None, :]) @ vectors.mT * units
+        return torch.where(low[:, None, None], lifted, cov)
 
     def _rest(self, steps: slice) -> Float[Tensor, "series time rest"]:
         """Inputs and a one."""
@@ -281,6 +303,7 @@ def _climb(
     done, failed = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     parameters = best = start
     u, trace = batch.u[:, : batch.n_steps], []
+    floor = least_noise(batch, pooled=pooled)
     for _ in range(max_iter):
         system = model.em_system(parameters, u)
         smoothed = kalman_smoother(system, batch.x, batch.mask, batch.lengths, lag_one=True)
@@ -300,9 +323,22 @@ def _climb(
         trace.append(float(value[torch.isfinite(value)].sum()))
         if bool((done | failed).all()):
             break
-        found = model.em_step(parameters, Expected(batch, system, smoothed, pooled))
+        found = model.em_step(parameters, Expected(batch, system, smoothed, pooled, floor))
         parameters = _where(~done & ~failed, found, best)
     return _Climb(best, value, done, failed, tuple(trace))
+
+
+def least_noise(batch: Batch, *, pooled: bool) -> Float[Tensor, "sys obs"]:
+    """Smallest emission variance of every column that its values can tell from rounding."""
+    axes = (0, 1) if pooled else (1,)
+    m = batch.mask.to(torch.float64)
+    count = m.sum(axes, keepdim=True).clamp_min(1.0)
+    x = torch.where(batch.mask, batch.x, 0.0)
+    mean = x.sum(axes, keepdim=True) / count
+    spread = (m * (x - mean) ** 2).sum(axes, keepdim=True) / count
+    size = (x**2).sum(axes, keepdim=True) / count
+    floor = (_LEAST_NOISE * spread + _ROUNDING**2 * size).reshape(-1, x.shape[-1])
+    return floor.clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
 
 
 def _sound(smoothed: Smoothed, lengths: Int[Tensor, "series"]) -> Bool[Tensor, "series"]:

@@ -236,7 +236,10 @@ def observation_moments(
     cov: Float[Tensor, "series time state state"],
 ) -> tuple[Float[Tensor, "series time dim"], Float[Tensor, "series time dim dim"]]:
     """Moments of x_t = H z_t + d + v given those of z_t."""
-    return (system.H @ mean[..., None])[..., 0] + system.d, system.H @ cov @ system.H.mT + system.R
+    spread = system.H @ cov @ system.H.mT
+    # Of states that cancel in an observation, rounding may leave less than nothing.
+    torch.diagonal(spread, dim1=-2, dim2=-1).clamp_min_(0.0)
+    return (system.H @ mean[..., None])[..., 0] + system.d, spread + system.R
 
 
 def simulation_smoother(

@@ -32,7 +32,6 @@ from seqdgm.types import Batch, check_count
 if TYPE_CHECKING:
     from seqdgm.inference.em import Expected
 
-_FLOOR = 1e-9  # smallest error variance of EM, in units of the variance of the column
 _AR_STEPS = 1  # quasi-Newton iterations for the factors' coefficients in one EM step
 _EM_STEPS = 30  # EM iterations before maximum likelihood
 
@@ -232,7 +231,6 @@ class DynamicFactor(StateSpaceModel):
         The first is in closed form. The second weighs in that the first factors come from the
         stationary law, which depends on the coefficients too, and so climbs by quasi-Newton.
         """
-        assert self._scope is not None
         spec = self.spec_
         moments = expected.emission()
         widths = [spec.n_factors, spec.n_lags - spec.n_factors, spec.n_inputs, 1]
@@ -242,12 +240,12 @@ class DynamicFactor(StateSpaceModel):
         )
         loadings, _, inputs, constant = torch.split(change, widths, -1)
         mean = torch.cat([constant, inputs] if spec.trend else [inputs], -1)
-        floor = _FLOOR * torch.from_numpy(self._scope.scale) ** 2
+        variance = torch.diagonal(spread, dim1=-2, dim2=-1)
         return parameters._replace(
             loadings=parameters.loadings + loadings,
             mean=parameters.mean + mean,
             ar=self._climb(parameters.ar, expected),
-            error_variance=torch.maximum(torch.diagonal(spread, dim1=-2, dim2=-1), floor),
+            error_variance=torch.maximum(variance, expected.least_noise),
         )
 
     def em_set(

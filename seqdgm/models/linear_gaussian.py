@@ -295,6 +295,8 @@ class LinearGaussianSSM(LinearGaussianModel):
             changed |= self._regressed(expected.emission(), parameters, ("H", "D", "d", "R"))
             if "R" in changed and self.emission_cov == "diagonal":
                 changed["R"] = torch.diag_embed(torch.diagonal(changed["R"], dim1=-2, dim2=-1))
+            if "R" in changed:
+                changed["R"] = expected.above_noise(changed["R"])
         mean, cov = expected.first
         m0 = parameters.m0
         if "m0" in self.free:
