@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import tomllib
@@ -24,15 +25,18 @@ import numpy as np
 from pianorolls import FILES, Sequences, independent_keys, load, markov_chain
 
 import seqdgm as sq
-from seqdgm.models import srnn, vrnn, zforcing
+from seqdgm.models import lstm_ssm, noisin, srnn, storn, vrnn, zforcing
 
 HERE = Path(__file__).parent
 CLASSES = {
     "RNN": sq.RNN,
     "DMM": sq.DMM,
+    "STORN": storn.STORN,
     "VRNN": vrnn.VRNN,
     "SRNN": srnn.SRNN,
+    "LSTMSSM": lstm_ssm.LSTMSSM,
     "ZForcing": zforcing.ZForcing,
+    "Noisin": noisin.Noisin,
 }
 CHUNK = 4  # series scored at a time, which bounds the memory that particles take
 
@@ -57,7 +61,10 @@ def settings(name: str, data: str, epochs: int | None) -> dict[str, dict[str, An
 
 
 def score(model: sq.SequenceModel, rolls: Sequences, how: Mapping[str, Any]) -> dict[str, Any]:
-    """Negative log-likelihood in nats per step, with its standard error."""
+    """Negative log-likelihood in nats per step, with its standard error.
+
+    The latter is None where all particles of a series descend from one, which tells nothing of it.
+    """
     order = np.argsort([len(roll) for roll in rolls], kind="stable")
     total, variance, kinds = 0.0, 0.0, set()
     for k in range(0, len(order), CHUNK):
@@ -66,9 +73,10 @@ def score(model: sq.SequenceModel, rolls: Sequences, how: Mapping[str, Any]) -> 
         variance += float(np.square(found.stderr).sum())
         kinds.add(found.kind)
     steps = sum(map(len, rolls))
+    stderr = variance**0.5 / steps
     return {
         "nats_per_step": -total / steps,
-        "stderr": variance**0.5 / steps,
+        "stderr": stderr if math.isfinite(stderr) else None,  # JSON has no infinity
         "kind": " or ".join(sorted(kinds)),
     }
 

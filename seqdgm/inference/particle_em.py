@@ -54,6 +54,7 @@ from seqdgm.inference.particle_score import (
 from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.smc import Reference, SMCOptions
 from seqdgm.inference.training import TrainingOptions
+from seqdgm.nn.dropout import thinned
 from seqdgm.results import FitReport
 from seqdgm.types import Batch, check_count, seeded, tree_map
 
@@ -276,6 +277,7 @@ def fit_networks(
             model, batch, memory, optimizer, chosen["batch_size"], clip, generator
         ),
     )
+    model.eval()
     report = _learn(model, batch, scheme, method, generator, progress)
     model.eval()
     return report
@@ -372,7 +374,8 @@ def _climb(
     with seeded(generator), torch.enable_grad():
         for rows in order.split(batch_size):
             part = batch.take(rows)
-            each = (_complete_data(model, part, retained.z[rows]) * weights).sum(1)
+            with thinned(generator, part.n_series):
+                each = (_complete_data(model, part, retained.z[rows]) * weights).sum(1)
             bad = torch.nonzero(~each.isfinite())
             if len(bad):
                 raise ValueError(

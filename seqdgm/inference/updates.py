@@ -15,6 +15,7 @@ from seqdgm.inference.checkpoints import optimizer_tensors, pack, set_optimizer,
 from seqdgm.inference.objectives import Objective, Terms, evaluate, evaluate_piece
 from seqdgm.inference.scan import Piece
 from seqdgm.inference.training_options import TrainingOptions
+from seqdgm.nn.dropout import thinned
 from seqdgm.types import Batch
 
 if TYPE_CHECKING:
@@ -125,10 +126,11 @@ class Updater:
             group["lr"] = rate
         work = Work(batch, self.options.objective, beta, generator)
         size = self.options.truncate
-        if size is not None and batch.n_steps > size:
-            return self._in_windows(work, size, weight, due)
-        self.optimizer.zero_grad()
-        terms, _ = self.module(work)
+        with thinned(generator, batch.n_series):
+            if size is not None and batch.n_steps > size:
+                return self._in_windows(work, size, weight, due)
+            self.optimizer.zero_grad()
+            terms, _ = self.module(work)
         self.fabric.backward(-terms.value.sum() * weight)
         return self._step(batch, terms, weight > 0, due)
 

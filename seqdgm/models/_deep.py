@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from seqdgm.nn import (
     BidirectionalEncoder,
@@ -20,7 +22,8 @@ from seqdgm.nn import (
     emission_head,
     head_options_from_data,
 )
-from seqdgm.nn.heads import HEADS
+from seqdgm.nn.dropout import Dropout, check_rate
+from seqdgm.nn.heads import HEADS, check_head_options
 from seqdgm.nn.recurrent import Kind
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
@@ -33,11 +36,20 @@ INFERENCE_NETWORKS = ("mean-field", "filtering", "smoothing", "bidirectional")
 class DeepModel(StateSpaceModel):
     """A state-space model made of networks; parameters are shared over the panel.
 
-    Subclasses create their networks in `build` and call `make_head` there.
+    Subclasses create their networks in `build` and call `make_head` there; their `emission` ends in
+    `emit`.
+
+    Dropout and layer normalisation act where a network is run over all steps at once: dropout on
+    observations that are fed back (`embed`), on the features of the emission (`emit`), and on what
+    the encoder reads and says (`make_encoder`); normalisation on the features of the emission and
+    on the encoder's summaries.
     """
 
     dtype: ClassVar[torch.dtype] = torch.float32
     emission_name: str
+    emission_options: dict[str, Any] | None
+    dropout: float
+    layer_norm: bool
     head: Head
 
     @property
@@ -51,11 +63,17 @@ class DeepModel(StateSpaceModel):
         season: int | None,
         transform: str | None,
         scale: str | None,
+        *,
+        emission_options: Mapping[str, Any] | None,
+        dropout: float,
+        layer_norm: bool,
         **training: float,
     ) -> None:
         """Store the hyperparameters that all deep models have."""
         if emission not in HEADS:
             raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
+        check_head_options(emission, emission_options or {})
+        check_rate(dropout)
         if transform is not None and not HEADS[emission].real_valued:
             raise ValueError(
                 f"transform={transform!r} would take {emission!r} data off their support; use "
@@ -65,6 +83,8 @@ class DeepModel(StateSpaceModel):
             raise ValueError(f"season={season!r} must be a whole number of steps, at least 2")
         self.season = season
         self.emission_name = emission
+        self.emission_options = None if emission_options is None else dict(emission_options)
+        self.dropout, self.layer_norm = dropout, layer_norm
         self.transform, self.scale = transform, scale
         for name, value in training.items():
             setattr(self, name, value)
@@ -83,8 +103,15 @@ class DeepModel(StateSpaceModel):
         return head_options_from_data(self.emission_name, panel.values)
 
     def make_head(self, in_dim: int, obs_dim: int, **options: Any) -> Head:
-        """Emission head over features of width `in_dim`."""
-        return emission_head(self.emission_name, in_dim, obs_dim, **options)
+        """Emission head over features of width `in_dim`; options of the user's come first."""
+        self.norm_features = nn.LayerNorm(in_dim) if self.layer_norm else nn.Identity()
+        self.thin_features, self.thin_fed = Dropout(self.dropout), Dropout(self.dropout)
+        chosen = options | (self.emission_options or {})
+        return emission_head(self.emission_name, in_dim, obs_dim, **chosen)
+
+    def emit(self, features: Float[Tensor, "*batch in_dim"]) -> Distribution:
+        """Distribution of the observation given the features of a step."""
+        return self.head(self.thin_features(self.norm_features(features)))
 
     def make_encoder(
         self,
@@ -106,14 +133,20 @@ class DeepModel(StateSpaceModel):
                 f"inference_network={name!r} is unknown; choose one of {list(INFERENCE_NETWORKS)}"
             )
         width = self.head.encoded_dim
+        common: dict[str, Any] = {
+            "mask_dim": obs_dim,
+            "inputs_dim": known_dim,
+            "dropout": self.dropout,
+            "layer_norm": self.layer_norm,
+        }
         if name == "mean-field":
-            return MeanFieldEncoder(width, hidden_dim, mask_dim=obs_dim, inputs_dim=known_dim)
+            return MeanFieldEncoder(width, hidden_dim, **common)
         recurrent = {
             "filtering": FilteringEncoder,
             "smoothing": SmoothingEncoder,
             "bidirectional": BidirectionalEncoder,
         }
-        return recurrent[name](width, hidden_dim, kind, mask_dim=obs_dim, inputs_dim=known_dim)
+        return recurrent[name](width, hidden_dim, kind, **common)
 
     def initialise(self, values: Float[np.ndarray, "series time dim"]) -> None:
         """Start the head at the marginal distribution of each column."""
@@ -151,7 +184,7 @@ class DeepModel(StateSpaceModel):
 
     def embed(self, x: Float[Tensor, "*batch dim"]) -> Tensor:
         """Observations as the networks read them (counts in logs, categories one-hot)."""
-        return self.head.encode(x)
+        return self.thin_fed(self.head.encode(x))
 
 
 def two_layers(in_dim: int, hidden_dim: int) -> nn.Sequential:

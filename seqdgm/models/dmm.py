@@ -56,6 +56,13 @@ class DMM(DeepModel):
     inference_network : {"smoothing", "mean-field", "filtering", "bidirectional"}
         Which observations the inference network reads besides the previous state: those from the
         present on (the paper's), the present one, all up to it, or all.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations, features of the emission, and what
+        the inference network reads and says; see `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission and the inference network's summaries are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -98,6 +105,9 @@ class DMM(DeepModel):
         encoder_cell: Kind = "gru",
         feedback: bool = False,
         inference_network: str = "smoothing",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -117,6 +127,9 @@ class DMM(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -175,7 +188,7 @@ class DMM(DeepModel):
     def emission(self, s: Tensor | State, u: Inputs) -> Distribution:
         """Observation given the state."""
         z, given = self._read(s, u)
-        return self.head(self.features(z if given is None else torch.cat([z, given], -1)))
+        return self.emit(self.features(z if given is None else torch.cat([z, given], -1)))
 
     def _read(self, s: Tensor | State, u: Inputs) -> tuple[Tensor, Tensor | None]:
         """z, and what transition and emission read besides."""

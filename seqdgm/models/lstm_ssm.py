@@ -52,6 +52,13 @@ class LSTMSSM(DeepModel):
     inference_network : {"smoothing", "mean-field", "filtering", "bidirectional"}
         Which observations the inference network reads besides the memory: those from the present
         on, the present one, all up to it, or all.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out features of the emission, and what the inference network
+        reads and says; see `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission and the inference network's summaries are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -97,6 +104,9 @@ class LSTMSSM(DeepModel):
         *,
         cell: Literal["lstm", "gru"] = "lstm",
         inference_network: str = "smoothing",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -118,6 +128,9 @@ class LSTMSSM(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -163,7 +176,7 @@ class LSTMSSM(DeepModel):
 
     def emission(self, s: State, u: Inputs) -> Distribution:
         """Observation given z."""
-        return self.head(self.features(self.with_known(s.z, u)))
+        return self.emit(self.features(self.with_known(s.z, u)))
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time hidden"]:
         """What the inference network's summaries add to its hidden layer."""

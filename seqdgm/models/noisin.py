@@ -113,6 +113,13 @@ class Noisin(DeepModel):
         Standard deviation :math:`\gamma`.
     injection : {"multiplicative", "additive"}
         How the noise enters.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations and features of the emission; see
+        `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -151,6 +158,9 @@ class Noisin(DeepModel):
         noise: str = "gaussian",
         noise_scale: float = 0.5,
         injection: Literal["multiplicative", "additive"] = "multiplicative",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -179,6 +189,9 @@ class Noisin(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -231,7 +244,7 @@ class Noisin(DeepModel):
 
     def emission(self, s: Memory, u: Inputs) -> Distribution:
         """Observation given the memory."""
-        return self.head(s.output)
+        return self.emit(s.output)
 
     def report(self, h: Memory, z: Tensor | None) -> Float[Tensor, "*batch hidden"]:
         """The hidden state."""

@@ -45,6 +45,13 @@ class RNN(DeepModel):
         "bernoulli" "categorical" "poisson" "negbinomial" "mixture"``; joint over the columns:
         ``"gaussian-full" "gaussian-lowrank" "nade"`` (binary) ``"flow"`` (real, two columns or
         more).
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations and features of the emission; see
+        `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -81,6 +88,9 @@ class RNN(DeepModel):
         layers: int = 1,
         emission: str = "gaussian",
         *,
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -99,6 +109,9 @@ class RNN(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -138,7 +151,7 @@ class RNN(DeepModel):
 
     def emission(self, s: Memory, u: Inputs) -> Distribution:
         """Observation given the memory."""
-        return self.head(s.output)
+        return self.emit(s.output)
 
     def report(self, h: Memory, z: Tensor | None) -> Float[Tensor, "*batch hidden"]:
         """The hidden state."""

@@ -79,6 +79,13 @@ class SRNN(DeepModel):
     inference_network : {"mean-field", "filtering", "smoothing", "bidirectional"}
         Which steps' pairs of observation and chain the inference network reads: the present one,
         all up to it, from it on (the paper's), or all.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations, features of the emission, and what
+        the inference network reads and says; see `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission and the inference network's summaries are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -121,6 +128,9 @@ class SRNN(DeepModel):
         emission: str = "gaussian",
         *,
         inference_network: str = "smoothing",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -139,6 +149,9 @@ class SRNN(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -190,14 +203,14 @@ class SRNN(DeepModel):
 
     def emission(self, s: State, u: Inputs) -> Distribution:
         """Observation given the chain and z."""
-        return self.head(self.emission_hidden(torch.cat([s.d, s.z], -1)))
+        return self.emit(self.emission_hidden(torch.cat([s.d, s.z], -1)))
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time context"]:
         """What the summaries add to the inference network's hidden layer, and the chain."""
         known = batch.inputs_all()
         seen = self.head.encode(batch.x, batch.mask)
-        before = self.embed(torch.zeros_like(batch.x[:, :1]))
-        previous = torch.cat([before, seen[:, :-1]], 1)
+        before = self.head.encode(torch.zeros_like(batch.x[:, :1]))
+        previous = self.thin_fed(torch.cat([before, seen[:, :-1]], 1))
         read = self.with_known(previous, known)
         chain = self._chain(self.chain.run(read, lengths=batch.lengths))
         reads = torch.cat([self.known(known), chain.d], -1)

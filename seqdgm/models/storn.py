@@ -59,6 +59,13 @@ class STORN(DeepModel):
     inference_network : {"filtering", "mean-field", "smoothing", "bidirectional"}
         Which observations the inference network reads: all up to the present one (the paper's), it
         alone, all from it on, or all.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations, features of the emission, and what
+        the inference network reads and says; see `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission and the inference network's summaries are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -102,6 +109,9 @@ class STORN(DeepModel):
         cell: Literal["lstm", "gru"] = "lstm",
         layers: int = 1,
         inference_network: str = "filtering",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -123,6 +133,9 @@ class STORN(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -171,7 +184,7 @@ class STORN(DeepModel):
 
     def emission(self, s: State, u: Inputs) -> Distribution:
         """Observation given the output of the network."""
-        return self.head(s.output)
+        return self.emit(s.output)
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time context"]:
         """Summaries of the observations."""

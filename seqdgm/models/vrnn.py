@@ -56,6 +56,13 @@ class VRNN(DeepModel):
     inference_network : {"mean-field", "filtering", "smoothing", "bidirectional"}
         Which observations the inference network reads besides those in the memory: the present
         one, all up to it, from it on, or all.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations, features of the emission, and what
+        the inference network reads and says; see `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission and the inference network's summaries are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -100,6 +107,9 @@ class VRNN(DeepModel):
         cell: Literal["lstm", "gru"] = "lstm",
         feature_dim: int | None = None,
         inference_network: str = "mean-field",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -122,6 +132,9 @@ class VRNN(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -159,7 +172,7 @@ class VRNN(DeepModel):
 
     def embed(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch gates"]:
         """What the features of the observation add to the gates."""
-        return self.gates_x(self.features_x(self.head.encode(x)))
+        return self.gates_x(self.features_x(super().embed(x)))
 
     def advance(self, s: State, x: Tensor | None, u: Inputs) -> Cell:
         """One step of the cell."""
@@ -180,7 +193,7 @@ class VRNN(DeepModel):
 
     def emission(self, s: State, u: Inputs) -> Distribution:
         """Observation given the memory and the features of z."""
-        return self.head(self.emission_hidden(torch.cat([s.cell[0], s.features], -1)))
+        return self.emit(self.emission_hidden(torch.cat([s.cell[0], s.features], -1)))
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time hidden"]:
         """What the inference network's summaries add to its hidden layer."""

@@ -61,6 +61,13 @@ class ZForcing(DeepModel):
     inference_network : {"mean-field", "filtering", "smoothing", "bidirectional"}
         Which observations :math:`b_t` reads: the present one, all up to it, from it on (the
         paper's), or all.
+    emission_options : dict, optional
+        Options of the emission head, such as ``{"rank": 3}`` of ``"gaussian-lowrank"``.
+    dropout : float
+        Rate at which training leaves out fed-back observations, features of the emission, and what
+        the inference network reads and says; see `seqdgm.nn.dropout`.
+    layer_norm : bool
+        Whether the features of the emission and the inference network's summaries are normalised.
     season : int, optional
         Season length in steps: the harmonics of the season (at most six), counted from each
         series' first step, join the known inputs.
@@ -105,6 +112,9 @@ class ZForcing(DeepModel):
         cell: Literal["lstm", "gru"] = "lstm",
         auxiliary_weight: float = 0.005,
         inference_network: str = "smoothing",
+        emission_options: Mapping[str, Any] | None = None,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
         season: int | None = None,
         transform: str | None = None,
         scale: str | None = "standard",
@@ -129,6 +139,9 @@ class ZForcing(DeepModel):
             season,
             transform,
             scale,
+            emission_options=emission_options,
+            dropout=dropout,
+            layer_norm=layer_norm,
             max_epochs=max_epochs,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
@@ -166,7 +179,7 @@ class ZForcing(DeepModel):
 
     def embed(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch read"]:
         """What the observation adds to the gates and to the hidden layer of the prior."""
-        return self.read_x(self.head.encode(x))
+        return self.read_x(super().embed(x))
 
     def advance(self, s: Cell, x: Tensor | None, u: Inputs) -> Memory:
         """Set the memory beside what is known of the step."""
@@ -186,7 +199,7 @@ class ZForcing(DeepModel):
 
     def emission(self, s: Cell, u: Inputs) -> Distribution:
         """Observation given the memory."""
-        return self.head(self.emission_hidden(s[0]))
+        return self.emit(self.emission_hidden(s[0]))
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time context"]:
         """The summaries, and what they add to the hidden layer of the inference network."""

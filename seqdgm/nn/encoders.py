@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
+from seqdgm.nn.dropout import Dropout
 from seqdgm.nn.fused_combiner import Weights, combine
 from seqdgm.nn.ragged import Ragged
 from seqdgm.nn.recurrent import Kind, RecurrentCell
@@ -37,16 +38,25 @@ class Encoder(nn.Module):
         Number of observed columns; `input_dim` by default.
     inputs_dim : int
         Length of a step's known inputs.
-
-    Attributes
-    ----------
     context_dim : int
         Length C of the summary of a step.
+    dropout : float
+        Rate at which elements of the observations and of the summaries are left out in training
+        (`seqdgm.nn.dropout`).
+    layer_norm : bool
+        Whether each summary is normalised to mean 0 and variance 1, then scaled and shifted by
+        learned numbers (Ba, Kiros and Hinton, 2016, equation 4).
     """
 
-    context_dim: int
-
-    def __init__(self, input_dim: int, mask_dim: int | None, inputs_dim: int) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        mask_dim: int | None,
+        inputs_dim: int,
+        context_dim: int,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.mask_dim = input_dim if mask_dim is None else mask_dim
         if input_dim % self.mask_dim:
@@ -57,6 +67,9 @@ class Encoder(nn.Module):
         self.input_dim = input_dim
         self.inputs_dim = inputs_dim
         self.read_dim = input_dim + self.mask_dim + inputs_dim
+        self.context_dim = context_dim
+        self.thin_read, self.thin_summary = Dropout(dropout), Dropout(dropout)
+        self.norm = nn.LayerNorm(context_dim) if layer_norm else nn.Identity()
 
     def forward(
         self,
@@ -88,10 +101,11 @@ class Encoder(nn.Module):
         valid = _valid(lengths, x.shape[1])
         mask = mask & valid
         seen = mask.repeat_interleave(self.input_dim // self.mask_dim, -1)
-        parts = [torch.where(seen, x, 0.0), mask.to(x.dtype)]
+        parts = [self.thin_read(torch.where(seen, x, 0.0)), mask.to(x.dtype)]
         if u is not None:
             parts.append(torch.where(valid, u, 0.0))
-        return torch.where(valid, self._summarise(torch.cat(parts, -1), lengths), 0.0)
+        summary = self._summarise(torch.cat(parts, -1), lengths)
+        return torch.where(valid, self.thin_summary(self.norm(summary)), 0.0)
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
         raise NotImplementedError
@@ -102,7 +116,7 @@ class FilteringEncoder(Encoder):
 
     Parameters
     ----------
-    input_dim, hidden_dim, mask_dim, inputs_dim : int
+    input_dim, hidden_dim, mask_dim, inputs_dim, dropout, layer_norm
         See :class:`Encoder`.
     kind : {"gru", "lstm"}
     layers : int
@@ -125,10 +139,11 @@ class FilteringEncoder(Encoder):
         layers: int = 1,
         mask_dim: int | None = None,
         inputs_dim: int = 0,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
-        super().__init__(input_dim, mask_dim, inputs_dim)
+        super().__init__(input_dim, mask_dim, inputs_dim, hidden_dim, dropout, layer_norm)
         self.cell = RecurrentCell(kind, self.read_dim, hidden_dim, layers)
-        self.context_dim = hidden_dim
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
         return self.cell.run(read, lengths=lengths)
@@ -175,11 +190,12 @@ class BidirectionalEncoder(Encoder):
         layers: int = 1,
         mask_dim: int | None = None,
         inputs_dim: int = 0,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
-        super().__init__(input_dim, mask_dim, inputs_dim)
+        super().__init__(input_dim, mask_dim, inputs_dim, 2 * hidden_dim, dropout, layer_norm)
         self.ahead = RecurrentCell(kind, self.read_dim, hidden_dim, layers)
         self.back = RecurrentCell(kind, self.read_dim, hidden_dim, layers)
-        self.context_dim = 2 * hidden_dim
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
         back = self.back.run(read, lengths=lengths, backwards=True)
@@ -191,7 +207,7 @@ class MeanFieldEncoder(Encoder):
 
     Parameters
     ----------
-    input_dim, hidden_dim, mask_dim, inputs_dim : int
+    input_dim, hidden_dim, mask_dim, inputs_dim, dropout, layer_norm
         See :class:`Encoder`.
 
     Examples
@@ -209,15 +225,16 @@ class MeanFieldEncoder(Encoder):
         *,
         mask_dim: int | None = None,
         inputs_dim: int = 0,
+        dropout: float = 0.0,
+        layer_norm: bool = False,
     ) -> None:
-        super().__init__(input_dim, mask_dim, inputs_dim)
+        super().__init__(input_dim, mask_dim, inputs_dim, hidden_dim, dropout, layer_norm)
         self.net = nn.Sequential(
             nn.Linear(self.read_dim, hidden_dim),
             nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
             nn.Tanh(),
         )
-        self.context_dim = hidden_dim
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
         return self.net(read)

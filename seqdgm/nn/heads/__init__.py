@@ -7,6 +7,8 @@ with batch shape (...) and event shape (obs_dim,).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ from seqdgm.nn.heads.elements import (
     StudentTHead,
 )
 from seqdgm.nn.heads.joint import FlowHead, FullGaussianHead, LowRankGaussianHead, NADEHead
+from seqdgm.types import check_count
 
-__all__ = ["HEADS", "Head", "emission_head", "head_options_from_data"]
+__all__ = ["HEADS", "Head", "check_head_options", "emission_head", "head_options_from_data"]
 
 HEADS: dict[str, type[Head]] = {
     "gaussian": GaussianHead,
@@ -45,6 +48,30 @@ def _head_class(name: str) -> type[Head]:
     if name not in HEADS:
         raise ValueError(f"unknown emission {name!r}; choose one of {', '.join(map(repr, HEADS))}")
     return HEADS[name]
+
+
+def check_head_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an option that a head does not have, or a value that none takes.
+
+    The options of all heads are floors, ``min_...``, which are positive, and counts.
+
+    Examples
+    --------
+    >>> check_head_options("gaussian-lowrank", {"rnk": 3})
+    Traceback (most recent call last):
+    ...
+    ValueError: the emission 'gaussian-lowrank' has no option 'rnk'; it has ['min_scale', 'rank']
+    """
+    known = sorted(set(signature(_head_class(name)).parameters) - {"in_dim", "obs_dim"})
+    for option in options:
+        if option not in known:
+            has = f"it has {known}" if known else "it has none"
+            raise ValueError(f"the emission {name!r} has no option {option!r}; {has}")
+    for option, value in options.items():
+        if not option.startswith("min_"):
+            check_count(option, value)
+        elif not value > 0:
+            raise ValueError(f"{option}={value!r} must be positive")
 
 
 def emission_head(name: str, in_dim: int, obs_dim: int, **options: Any) -> Head:
