@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -41,6 +42,8 @@ _32, _20, _12, _3 = np.uint64(32), np.uint64(20), np.uint64(12), np.uint64(3)
 _63, _SIZE = np.int64(63), np.int64(0x7FFFFFFFFFFFFFFF)
 _LOWEST = np.int64(-0x8000000000000000)
 _HALF_STEP = 1.0 - 2.0**-53
+_WORD = ir.IntType(32)
+COPIES = 8
 _ROUNDS = ROUNDS
 _RUN = RUN
 
@@ -61,6 +64,31 @@ def _wide(_context: Any) -> Any:
 
 
 wide: Any = intrinsic(_wide)
+
+
+def _fill(_context: Any, out: Any, begin: Any, value: Any) -> Any:
+    """Write a whole number to `COPIES` places of an array, in one instruction where there is one.
+
+    The compiled loop that says the same is unrolled before it could become a vector.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array, place, number = signature.args
+        data = context.make_array(array)(context, builder, args[0]).data
+        vector = ir.VectorType(context.get_data_type(array.dtype), COPIES)
+        nothing = ir.Constant(vector, ir.Undefined)
+        zero, zeros = ir.Constant(_WORD, 0), ir.Constant(ir.VectorType(_WORD, COPIES), None)
+        one = context.cast(builder, args[2], number, array.dtype)
+        many = builder.shuffle_vector(builder.insert_element(nothing, one, zero), nothing, zeros)
+        at = builder.gep(data, [context.cast(builder, args[1], place, types.intp)])
+        size = array.dtype.bitwidth // 8
+        builder.store(many, builder.bitcast(at, vector.as_pointer()), align=size)
+        return context.get_dummy_value()
+
+    return types.void(out, begin, value), generate
+
+
+fill: Any = intrinsic(_fill)
 
 
 @inline

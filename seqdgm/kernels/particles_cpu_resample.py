@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from seqdgm.kernels.cpu_steps import INNER
-from seqdgm.kernels.particles_cpu_math import called, exp, top, wide
+from seqdgm.kernels.particles_cpu_math import COPIES, called, exp, fill, top, wide
 from seqdgm.kernels.particles_types import UNIT
 
 BLOCK = 1024
@@ -124,24 +124,24 @@ def place(
     """Write the systematic ancestors that lie in a block of particles.
 
     The block begins with particle `first`, where the cumulative sum is `before`; those of its
-    particles are offset + c. u in [0, 1) is the uniform number of n levels. Each particle is
-    counted where its first copy goes, or would go if it had one; as many as were counted up to a
-    place, less one, is the number of its ancestor. Unlike a loop over the copies of each particle
-    this has no branch that a processor would have to guess.
+    particles are offset + c. u in [0, 1) is the uniform number of n levels. A particle is written
+    `COPIES` times at once, whether it has fewer copies or none: the next one writes over what was
+    too much. So only particles of many copies have a branch that a processor cannot guess.
     """
-    size = len(c)
     _starts(c, before, offset, total, u, n, starts)
-    begin, end = np.int64(starts[0]), np.int64(starts[size])
-    while size > 0 and starts[size - 1] >= end:
-        size -= 1
-    own = out[begin:end]
-    own[:] = 0
-    for i in range(size):
-        out[starts[i]] += 1
-    last = first - 1
-    for j in range(len(own)):
-        last += own[j]
-        own[j] = last
+    # Beyond it there is no room for copies that are too much.
+    room = np.int64(starts[len(c)]) - COPIES
+    end = np.int64(starts[0])
+    for i in range(len(c)):
+        begin, end = end, np.int64(starts[i + 1])
+        if end <= room:
+            fill(out, begin, first + i)
+            while begin + COPIES < end:
+                begin += COPIES
+                fill(out, begin, first + i)
+        else:
+            for j in range(begin, end):
+                out[j] = first + i
 
 
 @inline_exact
