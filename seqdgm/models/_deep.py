@@ -83,7 +83,10 @@ class DeepModel(StateSpaceModel):
             raise ValueError(f"season={season!r} must be a whole number of steps, at least 2")
         self.season = season
         self.emission_name = emission
-        self.emission_options = None if emission_options is None else dict(emission_options)
+        self.emission_options = None
+        if emission_options is not None:
+            # torch's layers take no numpy numbers as their sizes.
+            self.emission_options = {k: np.asarray(v).item() for k, v in emission_options.items()}
         self.dropout, self.layer_norm = dropout, layer_norm
         self.transform, self.scale = transform, scale
         for name, value in training.items():
