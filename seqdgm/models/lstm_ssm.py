@@ -186,9 +186,9 @@ class LSTMSSM(DeepModel):
         generator: torch.Generator,
     ) -> Unrolled:
         """The cell and the inference network at once."""
-        first = self.advance(s, None, Inputs(u.values[:, 0], u.t[0]))
         of_z, of_known = self.gates.weight.tensor_split([self.latent_dim], 1)
         given = F.linear(self.known(u), of_known, self.gates.bias)
         networks = Networks(self.proposal_memory, self.proposal_law, of_z)
-        h, z, law = self.recurrence.unroll(first, given, c, networks, lengths, generator)
+        lead = F.linear(s.z, of_z)
+        h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
         return Unrolled(h, z, law)

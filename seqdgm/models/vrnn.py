@@ -204,10 +204,9 @@ class VRNN(DeepModel):
     ) -> Unrolled:
         """The cell, the inference network and the features of z at once."""
         assert x is not None
-        first = self.advance(s, x[:, 0], Inputs(u.values[:, 0], u.t[0]))
         networks = Networks(
             self.proposal_memory, self.proposal_law, self.gates_z.weight, self.features_z[0]
         )
-        given = self._given(x, u)
-        h, z, law = self.recurrence.unroll(first, given, c, networks, lengths, generator)
+        lead, given = self.gates_z(s.features), self._given(x, u)
+        h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
         return Unrolled(h, z, law)

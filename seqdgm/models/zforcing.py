@@ -212,11 +212,9 @@ class ZForcing(DeepModel):
         """The cell and the inference network at once."""
         assert x is not None
         h = self.advance(s, x, u)
-        # What leads to a step's memory was read at the step before.
-        given = torch.cat([torch.zeros_like(h.gates[:, :1]), h.gates[:, :-1]], 1)
         networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight)
         read = c[..., self.encoder.context_dim :]
-        cell, z, law = self.recurrence.unroll(s, given, read, networks, lengths, generator)
+        cell, z, law = self.recurrence.unroll(s, None, h.gates, read, networks, lengths, generator)
         return Unrolled(h._replace(cell=cell), z, law)
 
     def auxiliary(self, h: Memory, z: Tensor, c: Tensor, u: Inputs) -> Float[Tensor, "*batch"]:

@@ -110,25 +110,28 @@ class GatedCell(nn.Module):
 
     def unroll(
         self,
-        first: tuple[Tensor, ...],
+        start: tuple[Tensor, ...],
+        lead: Float[Tensor, "series gates"] | None,
         given: Float[Tensor, "series time gates"],
         c: Float[Tensor, "series time hidden"],
         networks: Networks,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
     ) -> tuple[tuple[Tensor, ...], Float[Tensor, "series time latent"], Normal]:
-        """Memories of all steps, the states drawn given them, and the laws of these.
+        """Memories that the states of all steps are drawn given, these states, and their laws.
 
         The same numbers as step by step, in one hand-fused loop (`seqdgm.nn.fused_memory`). Beyond
         a series' end the laws are standard normal, and memories and draws 0.
 
         Parameters
         ----------
-        first : tuple of Tensor of shape (series, hidden)
-            Memory at the first step.
+        start : tuple of Tensor of shape (series, hidden)
+            Memory before the first step.
+        lead : Tensor of shape (series, gates), optional
+            Share of the state before the first step in the gates of that step. Without one, the
+            cell reads each step's state at the same step, after it was drawn.
         given : Tensor of shape (series, time, gates)
-            What the gates that lead to each step's memory read besides it and the state before;
-            that of the first step is not used.
+            What the gates of each step read besides the memory and a state.
         c : Tensor of shape (series, time, hidden)
             Pre-activations of the law's hidden layer, but for the memory's share.
         networks : Networks
@@ -137,8 +140,14 @@ class GatedCell(nn.Module):
         generator : torch.Generator
         """
         ragged, (memory, law, gates, features) = Ragged.of(lengths, c.shape[1]), networks
-        rows, n = ragged.pack(c), ragged.sizes[0]
-        later = given.flatten(0, 1).index_select(0, ragged.place[n:])
+        first, rows = tuple(part[ragged.order] for part in start), ragged.pack(given)
+        if lead is None:
+            later = rows.index_select(0, ragged.before)
+        else:
+            n = ragged.sizes[0]
+            at_first, later = rows.split([n, len(rows) - n])
+            lead = lead[ragged.order][:n] + at_first
+            first = self(lead, tuple(part[:n] for part in first))
         noise = torch.randn(
             (len(rows), law.out.out_features // 2),
             generator=generator,
@@ -150,9 +159,8 @@ class GatedCell(nn.Module):
         weights = Weights(
             memory.weight, out.weight, out.bias, gates, own.weight, own.bias, *of_features
         )
-        start = tuple(part[ragged.order] for part in first)
         path = draw_with_memory(
-            self.kind, rows, later, start, noise, weights, ragged, law.min_scale
+            self.kind, ragged.pack(c), later, first, noise, weights, ragged, law.min_scale
         )
         loc, scale = ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0)
         states = tuple(ragged.unpack(part) for part in path.memory)
