@@ -14,8 +14,14 @@ from torch.nn import functional as F
 import seqdgm as sq
 from seqdgm.inference.objectives import Objective, evaluate
 from seqdgm.inference.scan import scan
+from seqdgm.models.lstm_ssm import LSTMSSM
+from seqdgm.models.srnn import SRNN
+from seqdgm.models.vrnn import VRNN
+from seqdgm.models.zforcing import ZForcing
 from seqdgm.nn import GaussianProposal, RecurrentCell
 from seqdgm.nn.fused_combiner import Weights, combine, combine_step_by_step
+from seqdgm.nn.fused_memory import Weights as MemoryWeights
+from seqdgm.nn.fused_memory import draw_with_memory
 from seqdgm.nn.fused_recurrence import recur
 from seqdgm.nn.ragged import Ragged
 from seqdgm.nn.recurrent import KINDS
@@ -193,6 +199,80 @@ def test_a_proposal_unrolls_to_what_it_gives_step_by_step(context_dim: int) -> N
     assert bool((z[~inside.expand_as(z)] == 0).all())
 
 
+# ------------------------------------------------------------------- states drawn given a memory
+
+
+def through_torchs_cell(
+    kind: str,
+    c: Tensor,
+    given: Tensor,
+    first: tuple[Tensor, ...],
+    noise: Tensor,
+    w: MemoryWeights,
+    ragged: Ragged,
+    min_scale: float,
+) -> list[Tensor]:
+    """The equations of `fused_memory` one after another, around torch's own cells."""
+    memory, parts = first, []
+    shares = iter(given.split(ragged.sizes[1:]))
+    eye = torch.eye(len(w.gates), dtype=c.dtype)
+    for c_t, noise_t in zip(c.split(ragged.sizes), noise.split(ragged.sizes), strict=True):
+        memory = tuple(part[: len(c_t)] for part in memory)
+        out = F.linear(torch.relu(c_t + memory[0] @ w.memory.T), w.out, w.out_bias)
+        loc, raw = out.chunk(2, 1)
+        scale = F.softplus(raw) + min_scale
+        z = loc + scale * noise_t
+        parts.append((loc, scale, z, *memory))
+        share = next(shares, None)
+        if share is None:
+            break
+        read = z if w.features is None else torch.relu(F.linear(z, w.features, w.features_bias))
+        gates = share + (read @ w.gates.T)[: len(share)]
+        before = tuple(part[: len(share)] for part in memory)
+        if kind == "lstm":
+            memory = torch.lstm_cell(gates, before, eye, w.recurrent)
+        else:
+            none = torch.zeros_like(w.recurrent_bias)
+            memory = (torch.gru_cell(gates, *before, eye, w.recurrent, none, w.recurrent_bias),)
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("features", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+@pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([1, 1])], ids=["ragged", "one step"])
+def test_states_drawn_given_a_memory_and_their_gradients_equal_a_plain_loop(
+    kind: str, features: bool, dtype: torch.dtype, tolerance: float, lengths: Tensor
+) -> None:
+    ragged, n, rows = Ragged.of(lengths, 11), len(lengths), int(lengths.sum())
+    gates, read = {"lstm": 20, "gru": 15}[kind], 4 if features else 3
+    shapes = [(rows, 6), (rows - n, gates), (6, 5), (6, 6), (6,), (gates, read), (gates, 5)]
+    shapes += [(gates,)] * (kind == "gru") + [(4, 3), (4,)] * features
+    shapes += [(n, 5)] * (2 if kind == "lstm" else 1)
+    tensors = leaves(dtype, *shapes)
+    (noise,) = leaves(dtype, (rows, 3))
+
+    def call(function: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        c, given, p, v, d, r, u, *rest = tensors
+        bias = rest.pop(0) if kind == "gru" else None
+        f, b = (rest.pop(0), rest.pop(0)) if features else (None, None)
+        w = MemoryWeights(p, v, d, r, u, bias, f, b)
+        found = function(kind, c, given, tuple(rest), noise.detach(), w, ragged, 1e-3)
+        return [*found[:3], *found[3]] if function is draw_with_memory else list(found)
+
+    def gradients(found: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        some = torch.autograd.grad(found, tensors, weights, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(some, tensors, strict=True)]
+
+    own, plain = call(draw_with_memory), call(through_torchs_cell)
+    assert_close(own, plain, tolerance)
+    weights = leaves(dtype, *(x.shape for x in own))
+    pairs = zip(gradients(own, weights), gradients(plain, weights), strict=True)
+    for a, b in pairs:
+        assert a.shape == b.shape
+        assert not a.numel() or (a - b).abs().max() <= 10 * tolerance * b.abs().max()
+
+
 # ------------------------------------------------------------------------------------- whole model
 
 
@@ -247,3 +327,74 @@ def test_under_autocast_the_loop_runs_step_by_step() -> None:
         assert isinstance(trace.proposals, list)
     whole = scan(model, batch, make_generator(0))
     assert isinstance(whole.proposals, torch.distributions.Normal)
+
+
+UNROLLED = [
+    VRNN(3, 6, 5, "bernoulli", max_epochs=1),
+    VRNN(3, 6, 5, "bernoulli", cell="gru", feature_dim=4, season=4, max_epochs=1),
+    SRNN(3, 6, 5, "bernoulli", encoder_cell="relu", season=4, max_epochs=1),
+    LSTMSSM(3, 6, 5, "bernoulli", max_epochs=1),
+    LSTMSSM(3, 6, 5, "bernoulli", cell="gru", season=4, max_epochs=1),
+    ZForcing(3, 6, 5, "bernoulli", auxiliary_weight=0.1, max_epochs=1),
+    ZForcing(3, 6, 5, "bernoulli", cell="gru", season=4, max_epochs=1),
+]
+
+
+def chords(gaps: bool = False) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    data = [(rng.random((n, 4)) < 0.3).astype(float) for n in (5, 12, 3, 8)]
+    if gaps:
+        data[1][4:6], data[3][2, 1] = np.nan, np.nan
+    return data
+
+
+@pytest.mark.parametrize("model", UNROLLED, ids=lambda m: f"{type(m).__name__}-{m.season}")
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
+def test_unrolled_models_equal_their_steps_under_the_same_noise(
+    model: sq.StateSpaceModel,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A memory that sees no observation is unrolled whatever is missing.
+    gaps = not model.feedback
+    fitted = model.clone().fit(chords(gaps), seed=0).to(dtype)
+    with torch.no_grad():
+        for parameter in fitted.parameters():
+            parameter.normal_(0.0, 0.4, generator=make_generator(1))
+    _, batch, _ = prepare(fitted, chords(gaps), None)
+    batch = replace(batch, x=batch.x.to(dtype), u=batch.u.to(dtype))
+
+    def learn() -> tuple[Tensor, Sequence[Tensor | None]]:
+        value = evaluate(fitted, batch, Objective(), 0.7, make_generator(5)).value
+        parameters = list(fitted.parameters())
+        return value, torch.autograd.grad(value.sum(), parameters, allow_unused=True)
+
+    own, own_gradients = learn()
+    trace = scan(fitted, batch, make_generator(5))
+    law = trace.proposal(slice(0, batch.n_steps))
+    noise = iter(((trace.z - law.loc) / law.scale).detach().unbind(1))
+    monkeypatch.setattr(type(fitted), "unroll", sq.StateSpaceModel.unroll)
+    monkeypatch.setattr(
+        "seqdgm.inference.scan.dist.sample", lambda law, *_, **__: law.loc + law.scale * next(noise)
+    )
+    plain, plain_gradients = learn()
+    assert not isinstance(trace.proposals, list)
+    assert next(noise, None) is None
+    assert_close([own], [plain], tolerance)
+    largest = max(g.abs().max() for g in plain_gradients if g is not None)
+    for a, b in zip(own_gradients, plain_gradients, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("kind", [VRNN, SRNN, ZForcing])
+def test_models_that_feed_observations_back_walk_through_gaps_by_steps(
+    kind: type[sq.StateSpaceModel],
+) -> None:
+    model = kind(2, 4, 4, "bernoulli", max_epochs=1).fit(chords(gaps=True), seed=0)
+    _, batch, _ = prepare(model, chords(gaps=True), None)
+    trace = scan(model, batch, make_generator(0))
+    assert isinstance(trace.proposals, list)
+    assert trace.x is not None
+    assert bool(trace.x.isfinite().all())

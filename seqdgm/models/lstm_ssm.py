@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn import functional as F
 
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn.deferred import LoopLinear
-from seqdgm.nn.gates import GatedCell, GaussianLayer
-from seqdgm.types import Batch, Inputs
+from seqdgm.nn.gates import GatedCell, GaussianLayer, Networks
+from seqdgm.types import Batch, Inputs, Unrolled
 
 Cell = tuple[Tensor, ...]
 
@@ -187,3 +188,20 @@ class LSTMSSM(DeepModel):
     def proposal(self, h: Cell, c: Tensor, u: Inputs) -> Distribution:
         """Gaussian given the memory and the summary."""
         return self.proposal_law(c + self.proposal_memory(h[0]))
+
+    def unroll(
+        self,
+        s: State,
+        x: Tensor | None,
+        c: Float[Tensor, "series time context"],
+        u: Inputs,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> Unrolled:
+        """The cell and the inference network at once."""
+        of_z, of_known = self.gates.weight.tensor_split([self.latent_dim], 1)
+        given = F.linear(self.known(u), of_known, self.gates.bias)
+        networks = Networks(self.proposal_memory, self.proposal_law, of_z)
+        lead = F.linear(s.z, of_z)
+        h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
+        return Unrolled(h, z, law)

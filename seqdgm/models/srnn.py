@@ -17,6 +17,7 @@ from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.fused_chain import draw_chain
 from seqdgm.nn.gates import GaussianLayer
 from seqdgm.nn.ragged import Ragged
+from seqdgm.nn.recurrent import Kind
 from seqdgm.types import Batch, Inputs, Unrolled
 
 
@@ -76,6 +77,8 @@ class SRNN(DeepModel):
         Units of the inference network.
     emission : str
         Observation model; see `RNN`.
+    encoder_cell : {"gru", "lstm", "tanh", "relu"}
+        Recurrent cell of the inference network; the paper's is a GRU.
     inference_network : {"mean-field", "filtering", "smoothing", "bidirectional"}
         Which steps' pairs of observation and chain the inference network reads: the present one,
         all up to it, from it on (the paper's), or all.
@@ -127,6 +130,7 @@ class SRNN(DeepModel):
         encoder_dim: int = 32,
         emission: str = "gaussian",
         *,
+        encoder_cell: Kind = "gru",
         inference_network: str = "smoothing",
         emission_options: Mapping[str, Any] | None = None,
         dropout: float = 0.0,
@@ -143,6 +147,7 @@ class SRNN(DeepModel):
     ) -> None:
         super().__init__()
         self.latent_dim, self.hidden_dim, self.encoder_dim = latent_dim, hidden_dim, encoder_dim
+        self.encoder_cell: Kind = encoder_cell
         self.inference_network = inference_network
         self.set_common(
             emission,
@@ -172,7 +177,7 @@ class SRNN(DeepModel):
         self.prior_law = GaussianLayer(width, self.latent_dim)
         self.emission_hidden = two_layers(width + self.latent_dim, width)
         self.encoder = self.make_encoder(
-            self.inference_network, self.encoder_dim, obs_dim, known_dim + width
+            self.inference_network, self.encoder_dim, obs_dim, known_dim + width, self.encoder_cell
         )
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn.deferred import LoopLinear
-from seqdgm.nn.gates import GatedCell, GaussianLayer
-from seqdgm.types import Batch, Inputs
+from seqdgm.nn.gates import GatedCell, GaussianLayer, Networks
+from seqdgm.types import Batch, Inputs, Unrolled
 
 Cell = tuple[Tensor, ...]
 
@@ -177,10 +177,11 @@ class VRNN(DeepModel):
     def advance(self, s: State, x: Tensor | None, u: Inputs) -> Cell:
         """One step of the cell."""
         assert x is not None
-        gates = x + self.gates_z(s.features)
-        if self.gates_u is not None:
-            gates = gates + self.gates_u(self.known(u))
-        return self.recurrence(gates, s.cell)
+        return self.recurrence(self._given(x, u) + self.gates_z(s.features), s.cell)
+
+    def _given(self, x: Tensor, u: Inputs) -> Float[Tensor, "*batch gates"]:
+        """What the gates read besides the memory and z."""
+        return x if self.gates_u is None else x + self.gates_u(self.known(u))
 
     def prior(self, h: Cell, u: Inputs) -> Distribution:
         """Gaussian given the memory."""
@@ -204,3 +205,21 @@ class VRNN(DeepModel):
     def proposal(self, h: Cell, c: Tensor, u: Inputs) -> Distribution:
         """Gaussian given the memory and the summary."""
         return self.proposal_law(c + self.proposal_memory(h[0]))
+
+    def unroll(
+        self,
+        s: State,
+        x: Tensor | None,
+        c: Float[Tensor, "series time context"],
+        u: Inputs,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> Unrolled:
+        """The cell, the inference network and the features of z at once."""
+        assert x is not None
+        networks = Networks(
+            self.proposal_memory, self.proposal_law, self.gates_z.weight, self.features_z[0]
+        )
+        lead, given = self.gates_z(s.features), self._given(x, u)
+        h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
+        return Unrolled(h, z, law)

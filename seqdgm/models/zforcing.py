@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from seqdgm.models._deep import DeepModel
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import LoopLinear
-from seqdgm.nn.gates import GatedCell, GaussianLayer
-from seqdgm.types import Batch, Inputs
+from seqdgm.nn.gates import GatedCell, GaussianLayer, Networks
+from seqdgm.types import Batch, Inputs, Unrolled
 
 Cell = tuple[Tensor, ...]
 
@@ -212,6 +212,23 @@ class ZForcing(DeepModel):
         """Gaussian given the memory and the summary."""
         hidden = c[..., self.encoder.context_dim :] + self.proposal_memory(h.cell[0])
         return self.proposal_law(hidden)
+
+    def unroll(
+        self,
+        s: Cell,
+        x: Tensor | None,
+        c: Float[Tensor, "series time context"],
+        u: Inputs,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> Unrolled:
+        """The cell and the inference network at once."""
+        assert x is not None
+        h = self.advance(s, x, u)
+        networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight)
+        read = c[..., self.encoder.context_dim :]
+        cell, z, law = self.recurrence.unroll(s, None, h.gates, read, networks, lengths, generator)
+        return Unrolled(h._replace(cell=cell), z, law)
 
     def auxiliary(self, h: Memory, z: Tensor, c: Tensor, u: Inputs) -> Float[Tensor, "*batch"]:
         """Weighted log-density of the summaries given z, without a gradient to the summaries."""

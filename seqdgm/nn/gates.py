@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 
 from seqdgm.nn.deferred import LoopLinear
+from seqdgm.nn.fused_memory import Weights, draw_with_memory
+from seqdgm.nn.ragged import Ragged
+
+
+class Networks(NamedTuple):
+    """What lies between a memory and the states that it reads.
+
+    Attributes
+    ----------
+    memory : Linear
+        The memory's share of the pre-activations of `law`, without a bias.
+    law : GaussianLayer
+        The states, given these pre-activations.
+    gates : Tensor of shape (gates, features)
+        Weights of the states' features in the gates.
+    features : Linear, optional
+        The features are the rectified outputs of this layer; the states themselves without one.
+    """
+
+    memory: nn.Linear
+    law: GaussianLayer
+    gates: Float[Tensor, "gates features"]
+    features: nn.Linear | None = None
 
 
 class GatedCell(nn.Module):
@@ -84,6 +107,64 @@ class GatedCell(nn.Module):
         reset, keep = torch.sigmoid(gates[..., :width] + own[..., :width]).chunk(2, -1)
         new = torch.tanh(torch.addcmul(gates[..., width:], reset, own[..., width:]))
         return (torch.lerp(new, state[0], keep),)
+
+    def unroll(
+        self,
+        start: tuple[Tensor, ...],
+        lead: Float[Tensor, "series gates"] | None,
+        given: Float[Tensor, "series time gates"],
+        c: Float[Tensor, "series time hidden"],
+        networks: Networks,
+        lengths: Int[Tensor, "series"],
+        generator: torch.Generator,
+    ) -> tuple[tuple[Tensor, ...], Float[Tensor, "series time latent"], Normal]:
+        """Memories that the states of all steps are drawn given, these states, and their laws.
+
+        The same numbers as step by step, in one hand-fused loop (`seqdgm.nn.fused_memory`). Beyond
+        a series' end the laws are standard normal, and memories and draws 0.
+
+        Parameters
+        ----------
+        start : tuple of Tensor of shape (series, hidden)
+            Memory before the first step.
+        lead : Tensor of shape (series, gates), optional
+            Share of the state before the first step in the gates of that step. Without one, the
+            cell reads each step's state at the same step, after it was drawn.
+        given : Tensor of shape (series, time, gates)
+            What the gates of each step read besides the memory and a state.
+        c : Tensor of shape (series, time, hidden)
+            Pre-activations of the law's hidden layer, but for the memory's share.
+        networks : Networks
+        lengths : Tensor of int, shape (series,)
+            Number of steps of each series.
+        generator : torch.Generator
+        """
+        ragged, (memory, law, gates, features) = Ragged.of(lengths, c.shape[1]), networks
+        first, rows = tuple(part[ragged.order] for part in start), ragged.pack(given)
+        if lead is None:
+            later = rows.index_select(0, ragged.before)
+        else:
+            n = ragged.sizes[0]
+            at_first, later = rows.split([n, len(rows) - n])
+            lead = lead[ragged.order][:n] + at_first
+            first = self(lead, tuple(part[:n] for part in first))
+        noise = torch.randn(
+            (len(rows), law.out.out_features // 2),
+            generator=generator,
+            dtype=c.dtype,
+            device=c.device,
+        )
+        own, out = self.recurrent, law.out
+        of_features = () if features is None else (features.weight, features.bias)
+        weights = Weights(
+            memory.weight, out.weight, out.bias, gates, own.weight, own.bias, *of_features
+        )
+        path = draw_with_memory(
+            self.kind, ragged.pack(c), later, first, noise, weights, ragged, law.min_scale
+        )
+        loc, scale = ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0)
+        states = tuple(ragged.unpack(part) for part in path.memory)
+        return states, ragged.unpack(path.z), Normal(loc, scale, validate_args=False)
 
 
 class GaussianLayer(nn.Module):
