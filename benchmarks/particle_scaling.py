@@ -5,6 +5,7 @@ Each size runs in a process of its own, whose peak memory is read before and aft
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def measure(work: str, series: int, n_particles: int, steps: int) -> dict[str, f
 
 
 def in_a_process(work: str, *size: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, work, *map(str, size)]
+    command = [sys.executable, __file__, "--measure", work, *map(str, size)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout))
 
@@ -90,7 +91,11 @@ def main(*, tiny: bool) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
-        print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="small sizes; nothing is recorded")
+    parser.add_argument("--measure", nargs=4, metavar=("WORK", "SERIES", "PARTICLES", "STEPS"))
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure[0], *map(int, options.measure[1:]))))
     else:
-        main(tiny=sys.argv[1:] == ["--tiny"])
+        main(tiny=options.tiny)
