@@ -58,6 +58,11 @@ class Back(ABC):
     given: Float[Tensor, "rows gates"]
 
     @abstractmethod
+    def __init__(
+        self, total: State, weight: Tensor, ragged: Ragged, start: State, kept: State
+    ) -> None: ...
+
+    @abstractmethod
     def back(self, t: int, target: State) -> None:
         """Turn step t; `target` is the total of the series that reach it one step before."""
 
