@@ -7,8 +7,8 @@ written by hand pad each minibatch to its longest sequence, as one would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import nn
 import seqdgm as sq
 from seqdgm.models.srnn import SRNN
 from seqdgm.models.vrnn import VRNN
+from seqdgm.nn.recurrent import Kind
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,13 @@ def plain_bound(net: nn.Module, data: list[np.ndarray]) -> Callable[[], float]:
     return bound
 
 
-def deep_markov(sizes: Sizes) -> sq.DMM:
-    """The sizes and the recurrent network of Pyro's example."""
+def deep_markov(sizes: Sizes, encoder_cell: Kind = "relu") -> sq.DMM:
+    """The sizes and (by default) the recurrent network of Pyro's example."""
     return sq.DMM(
         sizes.latent,
         sizes.hidden,
         sizes.encoder,
-        encoder_cell="relu",
+        encoder_cell=encoder_cell,
         kl_warmup=0,
         **options(sizes),
     )
@@ -192,42 +193,60 @@ def lstm(sizes: Sizes) -> Task:
     )
 
 
-def beside(
-    of: str, model: sq.SequenceModel, how: dict[str, object], reference: Contender, sizes: Sizes
-) -> Task:
+def beside(of: str, contenders: Sequence[Contender], sizes: Sizes) -> Task:
     """Other arithmetic than the reference's, so that there is nothing to compare but time."""
-    data = chords(sizes)
     return Task(
         title(of, sizes),
-        [Contender("seqdgm, whole `fit`", fits(model, data, **how), objective), reference],
+        contenders,
         lambda _: "other models or objectives: nothing to compare but time",
         units=sizes.epochs,
     )
 
 
-def reference(name: str, model: sq.SequenceModel, sizes: Sizes) -> Contender:
-    """Another epoch of seqdgm's own."""
-    return Contender(name, fits(model, chords(sizes)), objective, package="seqdgm")
+def ours(name: str, model: sq.SequenceModel, sizes: Sizes, **how: object) -> Contender:
+    return Contender(name, fits(model, chords(sizes), **how), objective)
 
 
-def recurrent_latent(kind: type[sq.SequenceModel], sizes: Sizes) -> sq.SequenceModel:
-    return kind(sizes.latent, sizes.hidden, sizes.encoder, kl_warmup=0, **options(sizes))
+def beside_dmm(of: str, models: Mapping[str, sq.SequenceModel], sizes: Sizes) -> Task:
+    """The DMM of the first row, and one with a GRU as inference network, which does not count."""
+    strict, gated = deep_markov(sizes), deep_markov(sizes, "gru")
+    return beside(
+        of,
+        [
+            *(ours(name, model, sizes) for name, model in models.items()),
+            replace(ours("DMM of the first row", strict, sizes), package="seqdgm"),
+            replace(ours("DMM with a GRU", gated, sizes), package="seqdgm", counts=False),
+        ],
+        sizes,
+    )
+
+
+def recurrent_latent(
+    kind: type[sq.SequenceModel], sizes: Sizes, **more: object
+) -> sq.SequenceModel:
+    given = options(sizes) | more
+    return kind(sizes.latent, sizes.hidden, sizes.encoder, kl_warmup=0, **given)
 
 
 def vrnn(sizes: Sizes) -> Task:
-    model, dmm = recurrent_latent(VRNN, sizes), deep_markov(sizes)
-    return beside("VRNN", model, {}, reference("DMM of the first row", dmm, sizes), sizes)
+    return beside_dmm("VRNN", {"seqdgm, whole `fit`": recurrent_latent(VRNN, sizes)}, sizes)
 
 
 def srnn(sizes: Sizes) -> Task:
-    model, dmm = recurrent_latent(SRNN, sizes), deep_markov(sizes)
-    return beside("SRNN", model, {}, reference("DMM of the first row", dmm, sizes), sizes)
+    models = {
+        "seqdgm, whole `fit`": recurrent_latent(SRNN, sizes),
+        "the same, its inference network that of the DMM": recurrent_latent(
+            SRNN, sizes, encoder_cell="relu"
+        ),
+    }
+    return beside_dmm("SRNN", models, sizes)
 
 
 def fivo(sizes: Sizes) -> Task:
     model = recurrent_latent(VRNN, sizes)
-    how = {"method": "fivo", "n_particles": 4}
-    return beside("VRNN by FIVO(4)", model, how, reference("VRNN by ELBO", model, sizes), sizes)
+    steered = ours("seqdgm, whole `fit`", model, sizes, method="fivo", n_particles=4)
+    bound = replace(ours("VRNN by ELBO", model, sizes), package="seqdgm")
+    return beside("VRNN by FIVO(4)", [steered, bound], sizes)
 
 
 TASKS: dict[str, Callable[[Sizes], Task]] = {

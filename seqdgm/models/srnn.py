@@ -38,12 +38,13 @@ class State(NamedTuple):
 class Memory(NamedTuple):
     """The deterministic chain; with z at t - 1, all that enters the prior's hidden layer.
 
-    `state` is what z at t - 1 adds to the hidden layer of the inference network.
+    `state` is what z at t - 1 adds to the hidden layer of the inference network, None where that
+    ran already.
     """
 
     d: Float[Tensor, "*batch hidden"]
     hidden: Float[Tensor, "*batch hidden"]
-    state: Float[Tensor, "*batch encoder"]
+    state: Float[Tensor, "*batch encoder"] | None
 
 
 class SRNN(DeepModel):
@@ -211,7 +212,7 @@ class SRNN(DeepModel):
         return self.emit(self.emission_hidden(torch.cat([s.d, s.z], -1)))
 
     def encode(self, batch: Batch) -> Float[Tensor, "series time context"]:
-        """What the summaries add to the inference network's hidden layer, and the chain."""
+        """The chain, and what the summaries add to the inference network's hidden layer."""
         known = batch.inputs_all()
         seen = self.head.encode(batch.x, batch.mask)
         before = self.head.encode(torch.zeros_like(batch.x[:, :1]))
@@ -220,17 +221,18 @@ class SRNN(DeepModel):
         chain = self._chain(self.chain.run(read, lengths=batch.lengths))
         reads = torch.cat([self.known(known), chain.d], -1)
         summary = self.encoder(seen, batch.mask, reads, batch.lengths)
-        return torch.cat([self.proposal_context(summary), *chain], -1)
+        return torch.cat([*chain, self.proposal_context(summary)], -1)
 
     def backbone(self, c: Float[Tensor, "series time context"]) -> Chain:
         """The chain as it was encoded."""
-        widths = (self.encoder_dim, self.hidden_dim, self.hidden_dim)
-        return Chain(*c.split(widths, -1)[1:])
+        widths = (self.hidden_dim, self.hidden_dim, self.encoder_dim)
+        return Chain(*c.split(widths, -1)[:2])
 
     def proposal(self, h: Memory, c: Tensor, u: Inputs) -> Distribution:
         """Gaussian around the mean of the prior."""
+        assert h.state is not None
         prior = self.prior(h, u)
-        found = self.proposal_law(c[..., : self.encoder_dim] + h.state)
+        found = self.proposal_law(c[..., -self.encoder_dim :] + h.state)
         return Normal(prior.loc + found.loc, found.scale, validate_args=False)
 
     def unroll(
@@ -243,9 +245,10 @@ class SRNN(DeepModel):
         generator: torch.Generator,
     ) -> Unrolled:
         """All steps of z at once: the hidden layers of prior and inference network as one."""
-        assert isinstance(x, Chain)
         ragged, prior, found = Ragged.of(lengths, c.shape[1]), self.prior_law.out, self.proposal_law
-        fixed = ragged.pack(torch.cat([x.hidden, c[..., : self.encoder_dim]], -1))
+        width = self.hidden_dim
+        d, both = c.split([width, width + self.encoder_dim], -1)
+        fixed = ragged.pack(both)
         noise = torch.randn(
             (len(fixed), self.latent_dim), generator=generator, dtype=c.dtype, device=c.device
         )
@@ -259,9 +262,10 @@ class SRNN(DeepModel):
         )
         path = draw_chain(fixed, s.z[ragged.order], noise, weights, ragged, found.min_scale)
         z = ragged.unpack(path.z)
-        h = self.advance(State(x.d, torch.cat([s.z[:, None], z[:, :-1]], 1)), x, u)
+        before = torch.cat([s.z[:, None], z[:, :-1]], 1)
+        hidden = both[..., :width] + F.linear(before, self.read_state.weight[:width])
         law = Normal(ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0), validate_args=False)
-        return Unrolled(h, z, law)
+        return Unrolled(Memory(d, hidden, None), z, law)
 
     def _chain(self, d: Tensor) -> Chain:
         return Chain(d, self.prior_chain(d))

@@ -217,9 +217,9 @@ class VRNN(DeepModel):
     ) -> Unrolled:
         """The cell, the inference network and the features of z at once."""
         assert x is not None
-        networks = Networks(
-            self.proposal_memory, self.proposal_law, self.gates_z.weight, self.features_z[0]
-        )
+        features = self.features_z[0]
+        assert isinstance(features, nn.Linear)
+        networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight, features)
         lead, given = self.gates_z(s.features), self._given(x, u)
         h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
         return Unrolled(h, z, law)

@@ -18,6 +18,10 @@ from seqdgm.nn.ragged import Ragged
 
 State = tuple[Tensor, ...]
 
+# Of a gradient and the activation's value.
+_through_tanh = torch.ops.aten.tanh_backward.grad_input
+_through_sigmoid = torch.ops.aten.sigmoid_backward.grad_input
+
 
 class Ahead(ABC):
     """The forward pass of a cell.
@@ -56,6 +60,11 @@ class Back(ABC):
 
     total: State
     given: Float[Tensor, "rows gates"]
+
+    @abstractmethod
+    def __init__(
+        self, total: State, weight: Tensor, ragged: Ragged, start: State, kept: State
+    ) -> None: ...
 
     @abstractmethod
     def back(self, t: int, target: State) -> None:
@@ -175,11 +184,11 @@ class _GRUBack(Back):
         # The gates' gradients in units of that of h_t: n in front for the recurrent share and
         # behind for the inputs', so that the three of each lie side by side.
         slopes = h.new_empty(len(h), 4, width)
-        torch.mul(1 - keep, 1 - new * new, out=slopes[:, 3])
+        _through_tanh(1 - keep, new, grad_input=slopes[:, 3])
         torch.mul(slopes[:, 3], reset, out=slopes[:, 0])
-        torch.mul(slopes[:, 0], share * (1 - reset), out=slopes[:, 1])
+        _through_sigmoid(slopes[:, 3] * share, reset, grad_input=slopes[:, 1])
         before = before_each(start[0], h, ragged)
-        torch.mul(before.sub_(new), keep * (1 - keep), out=slopes[:, 2])
+        _through_sigmoid(before.sub_(new), keep, grad_input=slopes[:, 2])
         turned = torch.empty_like(slopes)
         flat = turned.flatten(1)
         self.own, self.given = flat[:, : 3 * width], flat[:, width:]
@@ -236,11 +245,11 @@ class _LSTMBack(Back):
         forget = forget.contiguous()
         # The gates' gradients in units of that of c_t, and of that of h_t for the last.
         slopes = h.new_empty(len(h), 4, h.shape[1])
-        torch.mul(new, enter * (1 - enter), out=slopes[:, 0])
-        torch.mul(before_each(start[1], c, ragged), forget * (1 - forget), out=slopes[:, 1])
-        torch.mul(enter, 1 - new * new, out=slopes[:, 2])
-        torch.mul(squashed, out * (1 - out), out=slopes[:, 3])
-        through = out * (1 - squashed * squashed)
+        _through_sigmoid(new, enter, grad_input=slopes[:, 0])
+        _through_sigmoid(before_each(start[1], c, ragged), forget, grad_input=slopes[:, 1])
+        _through_tanh(enter, new, grad_input=slopes[:, 2])
+        _through_sigmoid(squashed, out, grad_input=slopes[:, 3])
+        through = _through_tanh(out, squashed, grad_input=torch.empty_like(squashed))
         turned = torch.empty_like(slopes)
         self.total, self.weight, self.given = total, weight, turned.flatten(1)
         arrays = (*total, total[1][:, None], through, slopes[:, :3], slopes[:, 3], forget)

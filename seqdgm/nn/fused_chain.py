@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from seqdgm.nn.fused_cells import steps_of
 from seqdgm.nn.ragged import Ragged
 
 
@@ -78,21 +78,20 @@ class _Chain(torch.autograd.Function):
         ragged: Ragged,
         min_scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        latent = first.shape[-1]
         # Products are fastest with the weights as (in, out).
         w_in, v_in = w.t().contiguous(), v.t().contiguous()
-        a, out = torch.empty_like(c), c.new_empty(len(c), 2 * latent)
+        a, out = torch.empty_like(c), c.new_empty(len(c), len(v))
         scale, z = torch.empty_like(noise), torch.empty_like(noise)
-        blocks = (x.split(ragged.sizes) for x in (c, noise, a, out, scale, z))
-        before = first
-        for c_t, noise_t, a_t, out_t, scale_t, z_t in zip(*blocks, strict=True):
+        loc, raw = out.chunk(2, 1)
+        rows, before = steps_of(ragged, c, noise, a, out, loc, raw, scale, z), first
+        for c_t, noise_t, a_t, out_t, loc_t, raw_t, scale_t, z_t in rows:
             torch.addmm(c_t, before[: len(c_t)], w_in, out=a_t).relu_()
             torch.addmm(d, a_t, v_in, out=out_t)
-            scale_t.copy_(F.softplus(out_t[:, latent:])).add_(min_scale)
-            before = torch.addcmul(out_t[:, :latent], scale_t, noise_t, out=z_t)
+            torch.ops.aten.softplus.out(raw_t, out=scale_t).add_(min_scale)
+            before = torch.addcmul(loc_t, scale_t, noise_t, out=z_t)
         ctx.save_for_backward(first, noise, w, v, a, out, z)
         ctx.ragged = ragged
-        return out[:, :latent].contiguous(), scale, z
+        return loc.contiguous(), scale, z
 
     @staticmethod
     @once_differentiable
@@ -104,14 +103,14 @@ class _Chain(torch.autograd.Function):
         for_out = torch.cat([for_loc, for_scale * slope], 1)
         spread = slope.mul_(noise)  # how a draw moves with the raw scale
         total = for_z.clone()  # gradient for z_t, from its outputs and from the steps after it
-        for_c, active = torch.empty_like(a), (a > 0).to(a.dtype)
-        blocks = (x.split(sizes) for x in (total, for_out, spread, for_c, active))
-        steps = list(zip(*blocks, strict=True))
+        for_c = torch.empty_like(a)
+        steps = steps_of(ctx.ragged, total, for_out, *for_out.chunk(2, 1), spread, for_c, a)
+        relu_back = torch.ops.aten.threshold_backward.grad_input
         for t in range(len(steps) - 1, -1, -1):
-            total_t, out_t, spread_t, c_t, active_t = steps[t]
-            out_t[:, :latent].add_(total_t)
-            out_t[:, latent:].addcmul_(total_t, spread_t)
-            torch.mm(out_t, v, out=c_t).mul_(active_t)
+            total_t, out_t, loc_t, raw_t, spread_t, c_t, a_t = steps[t]
+            loc_t.add_(total_t)
+            raw_t.addcmul_(total_t, spread_t)
+            relu_back(torch.mm(out_t, v, out=c_t), a_t, 0.0, grad_input=c_t)
             if t:
                 steps[t - 1][0][: len(c_t)].addmm_(c_t, w)
         for_first = torch.zeros_like(first)

@@ -89,7 +89,7 @@ def draw_with_memory(
     """
     how = (kind, ragged, min_scale, len(first))
     found = _Memory.apply(how, c, given, noise, *first, *weights)
-    return Path(*found[:3], found[3:])
+    return Path(found[0], found[1], found[2], found[3:])
 
 
 def _later(ragged: Ragged) -> Ragged:
@@ -126,7 +126,7 @@ class _Memory(torch.autograd.Function):
             torch.addmm(w.out_bias, a_t, v, out=out_t)
             torch.ops.aten.softplus.out(raw_t, out=scale_t).add_(min_scale)
             torch.addcmul(loc_t, scale_t, noise_t, out=z_t)
-            if f is not None:
+            if f is not None and w.features_bias is not None:
                 torch.addmm(w.features_bias, z_t, f, out=read_t).relu_()
             if t < len(gates):
                 gates[t].addmm_(read_t[: len(gates[t])], r)
