@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLE_SECONDS = 0.02  # a sample repeats a short call until it has lasted this long
+SAMPLE_SECONDS = 0.1  # a sample repeats a short call until it has lasted this long
 FEWEST_ROUNDS = 3
 
 Call = Callable[[], Any]

@@ -47,7 +47,7 @@ class Sizes:
     checks: int
 
 
-FULL = Sizes(229, 60, 129, 88, latent=100, hidden=200, encoder=600, epochs=1, checks=10)
+FULL = Sizes(229, 60, 129, 88, latent=100, hidden=200, encoder=600, epochs=1, checks=4)
 TINY = Sizes(12, 8, 15, 10, latent=3, hidden=8, encoder=8, epochs=1, checks=10)
 
 

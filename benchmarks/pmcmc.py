@@ -25,7 +25,7 @@ class Sizes:
     checks: int
 
 
-FULL = Sizes(steps=500, n_particles=200, n_chains=4, iterations=100, checks=4)
+FULL = Sizes(steps=500, n_particles=200, n_chains=4, iterations=60, checks=3)
 TINY = Sizes(steps=30, n_particles=50, n_chains=4, iterations=20, checks=4)
 
 
