@@ -1,7 +1,7 @@
 """Backward simulation of trajectories, beside the package `particles`.
 
-Its backward moves are timed on stochastic volatility alone: on the linear-Gaussian model its smoothed
-means are 0.23 from the exact ones, as one move a step does not leave the filter's genealogy.
+Its backward moves are timed on stochastic volatility alone: on the linear-Gaussian model its
+smoothed means are 0.23 from the exact ones, as one move a step does not leave the genealogy.
 """
 
 from __future__ import annotations
