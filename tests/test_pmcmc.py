@@ -13,7 +13,7 @@ from torch.distributions import Gamma, Normal, Poisson, Uniform
 
 import seqdgm as sq
 from seqdgm.inference import convergence
-from seqdgm.inference.correlated import Noise, correlated_log_prob
+from seqdgm.inference.correlated import Noise, correlated_log_prob, hilbert
 from seqdgm.inference.particle_gibbs import log_joint, particle_gibbs
 from seqdgm.inference.pmcmc import pmmh
 from seqdgm.prepare import prepare
@@ -106,10 +106,33 @@ def smoothed(rho: np.ndarray, noise: np.ndarray, x: np.ndarray) -> np.ndarray:
     return (cov @ seen)[..., 0]
 
 
+class Plane(NoisyAutoregression):
+    """The same law of the data: one direction of a plane in which both move alike is observed."""
+
+    engines = ("particle",)
+    latent_dim = 2
+
+    def initial(self, u):
+        return Normal(torch.zeros(2).double(), 1.0)
+
+    def emission(self, z, u):
+        return Normal(0.6 * z[..., :1] + 0.8 * z[..., 1:], self.noise)
+
+
+@pytest.mark.parametrize(("size", "bits"), [(2, 4), (3, 3)])
+def test_neighbours_on_the_curve_are_neighbours_in_space(size: int, bits: int) -> None:
+    """Sorted by place, the cells of a grid make one path of unit steps."""
+    axis = torch.arange(2**bits)
+    cells = torch.cartesian_prod(*[axis] * size)
+    path = cells[torch.argsort(hilbert(cells, bits))]
+    assert ((path[1:] - path[:-1]).abs().sum(1) == 1).all()
+
+
 @pytest.mark.slow
-def test_correlated_pmmh_gives_the_posterior_of_the_grid() -> None:
+@pytest.mark.parametrize("model", [NoisyAutoregression(), Plane()])
+def test_correlated_pmmh_gives_the_posterior_of_the_grid(model: NoisyAutoregression) -> None:
     found = pmmh(
-        NoisyAutoregression(),
+        model,
         data(),
         PRIORS,
         n_iter=200,
@@ -124,19 +147,21 @@ def test_correlated_pmmh_gives_the_posterior_of_the_grid() -> None:
         grid.check(name, found.draws[name])
 
 
-def test_correlated_estimates_are_unbiased_and_move_little_with_their_noise() -> None:
+@pytest.mark.parametrize("model", [NoisyAutoregression(), Plane()])
+def test_correlated_estimates_are_unbiased_and_move_little_with_their_noise(
+    model: NoisyAutoregression,
+) -> None:
     x, rows = data(), 4000
-    model = NoisyAutoregression()
     _, batch, _ = prepare(model, x, None)
     many = batch.take(torch.zeros(rows, dtype=torch.int64))
     generator = torch.Generator().manual_seed(0)
-    noise = Noise.draw(many, 16, generator)
+    noise = Noise.draw(many, 16, generator, model.latent_dim)
     first = correlated_log_prob(model, many, noise)
     exact = float(log_likelihood(np.array(model.rho), np.array(model.noise), x))
     ratio = (first - exact).exp().numpy()
     assert abs(ratio.mean() - 1) < 5 * ratio.std(ddof=1) / math.sqrt(rows)
     near = correlated_log_prob(model, many, noise.refresh(0.99, generator))
-    far = correlated_log_prob(model, many, Noise.draw(many, 16, generator))
+    far = correlated_log_prob(model, many, Noise.draw(many, 16, generator, model.latent_dim))
     assert float((near - first).var()) < 0.15 * float((far - first).var())
     for part in noise.refresh(0.6, generator):
         assert abs(float(part.var()) - 1) < 0.05

@@ -8,14 +8,17 @@ With :math:`e_t^k, v_t \sim N(0, 1)` as arguments,
     a = \mathrm{systematic}(W_{t-1}; \Phi(v_t)), \quad
     \hat p(x) = \prod_t \frac1N \sum_k g(x_t \mid z_t^k)
 
-where the particles are sorted by value before they are resampled, so that a small change of the
-arguments moves few ancestors far. The estimate is unbiased over the arguments.
+where the particles are sorted before they are resampled, by value or, in several dimensions, along
+a Hilbert curve, so that a small change of the arguments moves few ancestors far. The estimate is
+unbiased over the arguments.
 
 References
 ----------
 Deligiannidis, Doucet and Pitt (2018), The correlated pseudomarginal method, *JRSS B* 80; Malik and
 Pitt (2011), Particle filters for continuous likelihood evaluation and maximisation, *Journal of
-Econometrics* 165.
+Econometrics* 165; Gerber and Chopin (2015), Sequential quasi Monte Carlo, *JRSS B* 77, section 2.2
+(the Hilbert sort); Skilling (2004), Programming the Hilbert curve, *AIP Conference Proceedings*
+707.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
@@ -37,25 +40,31 @@ if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
 
 
+MOST_BITS = 62  # of a place on the curve
+FINEST = 16  # bits of one coordinate at most
+
+
 class Noise(NamedTuple):
     """Every random number of a filter, standard normal.
 
     Attributes
     ----------
-    moves : Tensor of shape (row, time, particle, 1)
+    moves : Tensor of shape (row, time, particle, state)
     levels : Tensor of shape (row, time)
         Of systematic resampling, through the normal distribution function.
     """
 
-    moves: Float[Tensor, "row time particle one"]
+    moves: Float[Tensor, "row time particle state"]
     levels: Float[Tensor, "row time"]
 
     @classmethod
-    def draw(cls, batch: Batch, n_particles: int, generator: torch.Generator) -> Noise:
+    def draw(
+        cls, batch: Batch, n_particles: int, generator: torch.Generator, state_dim: int = 1
+    ) -> Noise:
         """Fresh numbers for every row."""
         shape = (batch.n_series, batch.n_steps)
         return cls(
-            _normal((*shape, n_particles, 1), batch.x, generator),
+            _normal((*shape, n_particles, state_dim), batch.x, generator),
             _normal(shape, batch.x, generator),
         )
 
@@ -77,10 +86,10 @@ class Noise(NamedTuple):
 def check_correlated(model: StateSpaceModel, batch: Batch) -> None:
     """Raise a ValueError for a model that the correlated filter cannot run."""
     name = type(model).__name__
-    if model.latent_dim != 1:
+    if not 1 <= model.latent_dim <= MOST_BITS // 2:
         raise ValueError(
-            f"{name} has states of {model.latent_dim} dimensions, which have no order to sort "
-            "particles by; correlated=True is for one-dimensional states"
+            f"{name} has states of {model.latent_dim} dimensions; correlated=True sorts particles "
+            f"in 1 to {MOST_BITS // 2} of them"
         )
     if model.feedback and not batch.complete:
         raise ValueError(
@@ -96,7 +105,7 @@ def correlated_log_prob(model: StateSpaceModel, batch: Batch, noise: Noise) -> F
     Parameters
     ----------
     model : StateSpaceModel
-        With states of one dimension whose prior is Normal.
+        Whose prior is Normal, independent over the dimensions of the state.
     batch : Batch
     noise : Noise
         With one entry for each series of the batch.
@@ -118,7 +127,7 @@ def correlated_log_prob(model: StateSpaceModel, batch: Batch, noise: Noise) -> F
     for t in range(batch.n_steps):
         u = batch.inputs_at(t, 1)
         if z is not None and log_w is not None:
-            ancestors = _sorted_systematic(z[..., 0], log_w, noise.levels[:, t])
+            ancestors = _sorted_systematic(z, log_w, noise.levels[:, t])
             s = tree_map(partial(gather, ancestors=ancestors), s)
         fed = None
         if model.feedback:
@@ -156,24 +165,61 @@ def _location_scale(
             f"{type(model).__name__} has a prior {type(prior).__name__} at step {t}; "
             "correlated=True needs Normal, whose draws are linear in the random numbers"
         )
-    wide = dist.expand(prior, shape, 1)
+    wide = dist.expand(prior, shape, model.latent_dim)
     assert isinstance(wide, Normal)
     return wide.loc, wide.scale
 
 
 def _sorted_systematic(
-    value: Float[Tensor, "row particle"],
+    z: Float[Tensor, "row particle state"],
     log_weights: Float[Tensor, "row particle"],
     level: Float[Tensor, "row"],
 ) -> Tensor:
-    """Systematic resampling of the particles in the order of their values."""
-    count = value.shape[1]
-    order = torch.argsort(value, 1)
+    """Systematic resampling of the particles in the order of `_place`."""
+    count = z.shape[1]
+    order = torch.argsort(_place(z), 1)
     cumulative = torch.gather(log_weights, 1, order).exp().cumsum(1)
-    grid = torch.arange(count, dtype=cumulative.dtype, device=value.device)
+    grid = torch.arange(count, dtype=cumulative.dtype, device=z.device)
     grid = (grid + torch.special.ndtr(level.double())[:, None]) / count * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, grid, right=True).clamp_max(count - 1)
     return torch.gather(order, 1, place)
+
+
+def _place(z: Float[Tensor, "row particle state"]) -> Tensor:
+    """The value of each particle, or its place on a Hilbert curve through a cube.
+
+    Coordinates enter the cube by the logistic function, after they are standardised in each row.
+    """
+    size = z.shape[-1]
+    if size == 1:
+        return z[..., 0]
+    bits = min(FINEST, MOST_BITS // size)
+    spread = z.std(1, keepdim=True, correction=0)
+    unit = (z - z.mean(1, keepdim=True)) / torch.where(spread > 0, spread, 1.0)
+    cell = (torch.sigmoid(unit.double()) * 2**bits).long().clamp(0, 2**bits - 1)
+    return hilbert(cell, bits)
+
+
+def hilbert(cell: Int[Tensor, "*batch state"], bits: int) -> Int[Tensor, "*batch"]:
+    """Place of each cell of a grid of ``2**bits`` points a side on the Hilbert curve through it."""
+    size = cell.shape[-1]
+    x = list(cell.unbind(-1))
+    for low in ((1 << k) - 1 for k in range(bits - 1, 0, -1)):
+        for i in range(size):
+            flip = (x[i] & (low + 1)) != 0
+            swap = torch.where(flip, 0, (x[0] ^ x[i]) & low)
+            x[0] = torch.where(flip, x[0] ^ low, x[0] ^ swap)
+            x[i] = x[0] if i == 0 else x[i] ^ swap
+    for i in range(1, size):
+        x[i] = x[i] ^ x[i - 1]
+    turn = torch.zeros_like(x[0])
+    for k in range(bits - 1, 0, -1):
+        turn = torch.where((x[-1] >> k) & 1 != 0, turn ^ ((1 << k) - 1), turn)
+    place = torch.zeros_like(turn)
+    for k in range(bits - 1, -1, -1):
+        for part in x:
+            place = (place << 1) | (((part ^ turn) >> k) & 1)
+    return place
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:

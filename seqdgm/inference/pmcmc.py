@@ -81,8 +81,8 @@ def pmmh(
     correlated : bool or float
         Keep the random numbers of the filter from one iteration to the next and refresh them a
         little, :math:`e' = \rho e + \sqrt{1 - \rho^2}\, \xi`, so that errors of the two estimates
-        cancel; a number is :math:`\rho` (True: 0.99). For one-dimensional states with a Gaussian
-        prior; see `seqdgm.inference.correlated`.
+        cancel; a number is :math:`\rho` (True: 0.99). For states with a Gaussian prior,
+        independent over their dimensions; see `seqdgm.inference.correlated`.
     pooled : bool
         False: every series has parameters and a posterior of its own (still one batch).
     batched : bool
@@ -240,10 +240,13 @@ class _Correlated:
         check_correlated(chains.model, chains.batch)
         self._chains, self._count, self._rho = chains, n_particles, rho
         self._generator = generator
-        self._noise = self._new = Noise.draw(chains.rows, n_particles, generator)
+        self._noise = self._new = Noise.draw(
+            chains.rows, n_particles, generator, chains.model.latent_dim
+        )
 
     def begin(self, values: Values) -> Float[Tensor, "vector"]:
-        self._noise = Noise.draw(self._chains.rows, self._count, self._generator)
+        rows, width = self._chains.rows, self._chains.model.latent_dim
+        self._noise = Noise.draw(rows, self._count, self._generator, width)
         return self._score(values, self._noise)
 
     def propose(self, values: Values) -> Float[Tensor, "vector"]:
