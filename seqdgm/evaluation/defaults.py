@@ -20,8 +20,14 @@ MODEL_NAMES: Mapping[str, str] = {
     "dmm": "DMM",
     "local-level": "LinearGaussianSSM",
 }
-# Fit options by model name: EM closes in on the variances of a local level too slowly.
-FIT_OPTIONS: Mapping[str, Mapping[str, Any]] = {"local-level": {"method": "mle"}}
+# Fit options by model name. EM closes in on the variances of a local level too slowly. A short
+# series has no steps to spare for deciding when to stop: held out, the newest ones are not learnt,
+# and a growing series is under-forecast.
+FIT_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "local-level": {"method": "mle"},
+    "rnn": {"valid_fraction": 0.0},
+    "dmm": {"valid_fraction": 0.0, "schedule": "cosine"},
+}
 DEFAULT_MODELS = ("seasonal-naive", "arima", "linear-gaussian", "rnn", "dmm")
 
 
@@ -118,7 +124,7 @@ def settings(season: int, horizon: int | None, quick: bool = False) -> dict[str,
             "latent_dim": 2,
             "hidden_dim": 16,
             "encoder_dim": 16,
-            "max_epochs": 5 if quick else 150,
+            "max_epochs": 5 if quick else 300,
             "kl_warmup": 2 if quick else 40,
             # A few hundred steps are little: decay keeps networks from learning the path by heart.
             "weight_decay": 0.1,
