@@ -1,7 +1,7 @@
 """Evidence by bootstrap particle filters: the package's models, and models that a user wrote.
 
-The peers are particles (NumPy), pydpf (torch), smcx and cuthbert (both JAX). dynamax has no particle filter but a
-Rao-Blackwellised one.
+The peers are particles (NumPy), pydpf (torch), smcx and cuthbert (both JAX). dynamax has no
+particle filter but a Rao-Blackwellised one.
 """
 
 from __future__ import annotations
