@@ -347,7 +347,7 @@ class Information(NamedTuple):
         if bool(info.any()):
             raise ValueError(
                 "R is singular, so the smoother's backward moves have no information to work "
-                "with; pass moves=0, or add a little noise to R"
+                "with; pass moves=0 (smoother='genealogy' to fit), or add a little noise to R"
             )
         white = torch.cholesky_solve(load, factor)
         residual = torch.where(seen, x - lin.d, 0.0)

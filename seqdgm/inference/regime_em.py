@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from seqdgm.inference.em import Moments, completion, least_noise
+from seqdgm.inference.em import Moments, completion, least_noise, lifted
 from seqdgm.inference.particle_em import DECAY
 from seqdgm.inference.particle_score import settled, shown, stopped
 from seqdgm.inference.rao_blackwell import draw_paths
@@ -59,13 +59,7 @@ class RegimeModel(Protocol):
     def set_regimes(self, regimes: Regimes) -> None:
         """Take parameters over."""
 
-    def em_step(
-        self,
-        regimes: Regimes,
-        origin: Regimes,
-        statistics: Statistics,
-        least_noise: Float[Tensor, "1 obs"],
-    ) -> Regimes:
+    def em_step(self, regimes: Regimes, origin: Regimes, statistics: Statistics) -> Regimes:
         """Parameters that maximise the expected complete-data log-likelihood (or raise it)."""
 
     def conditional_system(self, z: Float[Tensor, "rows time 1"]) -> System:
@@ -105,6 +99,8 @@ class Statistics(NamedTuple):
         How often a regime (row) was followed by another one.
     start, transition, emission : Sums
         Of the first z on 1; of z on (z before, 1); of x on (z, 1). Measured from m0, b and d.
+    least_noise : Tensor of shape (1, obs)
+        Lower bound of the emission variances, as in `seqdgm.inference.em.Expected`.
     """
 
     first: Float[Tensor, "regimes"]
@@ -112,6 +108,13 @@ class Statistics(NamedTuple):
     start: Sums
     transition: Sums
     emission: Sums
+    least_noise: Float[Tensor, "1 obs"]
+
+    def above_noise(
+        self, cov: Float[Tensor, "regimes obs obs"]
+    ) -> Float[Tensor, "regimes obs obs"]:
+        """Nearest emission covariances that nowhere fall below the least noise."""
+        return lifted(cov, self.least_noise.expand(len(cov), -1))
 
 
 @torch.no_grad()
@@ -149,6 +152,7 @@ def expect(
         _start(out, origin, k, on),
         _transition(out, origin, k, on),
         _emission(out, wide, regimes, origin, k, on),
+        least_noise(batch, pooled=True),
     )
 
 
@@ -259,10 +263,10 @@ def fit(
     progress: bool,
     n_particles: int = 20,
     n_trajectories: int = 5,
-    max_iter: int = 150,
-    burn_in: int = 75,
+    max_iter: int = 100,
+    burn_in: int = 50,
     n_starts: int = 3,
-    screening: int = 15,
+    screening: int = 10,
     tol: float = 1e-3,
     smoother: str = "backward",
 ) -> FitReport:
@@ -311,7 +315,6 @@ def fit(
     if smoother not in ("backward", "genealogy"):
         raise ValueError(f"smoother={smoother!r} is unknown; choose 'backward' or 'genealogy'")
     scheme = _Scheme(n_particles, n_trajectories, smoother == "backward")
-    floor = least_noise(batch, pooled=True)
     climbs = [_Climb(start, start) for start in model.em_starts(batch, n_starts, generator)]
     screened = min(screening, max_iter) if n_starts > 1 else 0
 
@@ -319,13 +322,13 @@ def fit(
         best = climbs[0]
         for climb in climbs if screened else ():
             for k in range(screened):
-                if _iterate(model, batch, climb, scheme, generator, 1.0, floor, k):
+                if _iterate(model, batch, climb, scheme, generator, 1.0, k):
                     yield k
         best = max(climbs, key=_height)
         climbs[:] = [best]
         for k in range(len(best.objective), max_iter):
             gamma = 1.0 if k < burn_in else (k - burn_in + 1.0) ** -DECAY
-            if not _iterate(model, batch, best, scheme, generator, gamma, floor, k):
+            if not _iterate(model, batch, best, scheme, generator, gamma, k):
                 return
             yield k
             if k > burn_in and settled(best.past, tol):
@@ -364,7 +367,6 @@ def _iterate(
     scheme: _Scheme,
     generator: torch.Generator,
     gamma: float,
-    floor: Float[Tensor, "1 obs"],
     k: int,
 ) -> bool:
     """One E- and one M-step; whether they went well."""
@@ -384,7 +386,7 @@ def _iterate(
         new = expect(model, batch, climb.regimes, climb.origin, drawn.z)
         old = climb.statistics
         climb.statistics = new if old is None else _mixed(old, new, gamma)
-        found = model.em_step(climb.regimes, climb.origin, climb.statistics, floor)
+        found = model.em_step(climb.regimes, climb.origin, climb.statistics)
         wrong = [name for name, p in found._asdict().items() if not bool(p.isfinite().all())]
         if wrong:
             raise ValueError(f"the M-step left {wrong} not finite; scale the data")

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from seqdgm.inference.em import lifted
 from seqdgm.models._subspace import spread_values, starting_values
 
 if TYPE_CHECKING:
@@ -142,7 +141,6 @@ def maximise(
     origin: Regimes,
     statistics: Statistics,
     learned: Learned,
-    least_noise: Float[Tensor, "1 obs"],
 ) -> Regimes:
     """Closed-form maximum of the expected complete-data log-likelihood over what is learned.
 
@@ -166,7 +164,7 @@ def maximise(
     for names, one in zip(parts, sums, strict=True):
         changed |= _regressed(one, names, now, origin, learned)
     if "R" in changed:
-        changed["R"] = lifted(changed["R"], least_noise.expand(len(now.R), -1))
+        changed["R"] = statistics.above_noise(changed["R"])
     for name in {"Q", "P0"} & changed.keys():
         changed[name] = _semidefinite(changed[name])
     return now._replace(**changed)
@@ -200,6 +198,8 @@ def _regressed(
     if bool(free.any()):
         alike = noise in learned.shared or bool((cov == cov[:1]).all())
         change = _best_change(moments, None if alike else cov, free, tied)
+        visited = (moments.steps > 0)[:, None, None]
+        change = torch.where(visited | tied, change, 0.0)
     out: dict[str, Tensor] = {}
     if state is not None and state in learned.free:
         out[state] = coef + change[..., :width]

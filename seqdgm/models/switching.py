@@ -148,7 +148,7 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
         # What is written down needs no learner, and what is not cannot do without.
         kind = "particle-em" if self.learned.free else "given"
         self.learners = {kind: type(self).learners[kind]}  # type: ignore[misc]
-        self.min_length = 10 if self.learned.free else 1
+        self.min_length = 2 if self.learned.free else 1
         for name in NAMES:
             self.register_buffer(f"{name}_", None)
         if not self.learned.free:
@@ -181,7 +181,7 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
         return out
 
     def em_starts(self, batch: Batch, count: int, generator: torch.Generator) -> list[Regimes]:
-        """What is given, and for the rest estimates from the data; random ones but for the first."""
+        """What is given, and estimates from the data for the rest, random after the first start."""
         x = torch.where(batch.mask, batch.x, torch.nan).numpy()
         series = [x[k, :length] for k, length in enumerate(batch.lengths.tolist())]
         seed = int(torch.randint(2**31, (), generator=generator))
@@ -197,15 +197,9 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
             for k in range(count)
         ]
 
-    def em_step(
-        self,
-        regimes: Regimes,
-        origin: Regimes,
-        statistics: Statistics,
-        least_noise: Float[Tensor, "1 obs"],
-    ) -> Regimes:
+    def em_step(self, regimes: Regimes, origin: Regimes, statistics: Statistics) -> Regimes:
         """Closed-form maximum over what is learned."""
-        return maximise(regimes, origin, statistics, self.learned, least_noise)
+        return maximise(regimes, origin, statistics, self.learned)
 
     def _sizes(self, n_regimes: int | None, state_dim: int | None) -> tuple[int, int]:
         """Number of regimes and width of z, from what was said or from the matrices."""
