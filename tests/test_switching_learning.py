@@ -321,7 +321,7 @@ def exact_value(model: SwitchingLinearSSM, y: np.ndarray) -> float:
 
 
 def test_exact_likelihood_rises_and_a_seed_repeats_the_fit() -> None:
-    y = jumps(8, 12, 0)
+    y = jumps(6, 10, 0)
     y[0, 3] = np.nan
     options = {"max_iter": 12, "burn_in": 6, "n_starts": 1, "n_particles": 8}
     model = level().fit(y, seed=0, **options)
