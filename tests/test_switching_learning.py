@@ -182,9 +182,10 @@ def test_paths_and_series_of_any_length_add_up() -> None:
         np.testing.assert_allclose(value, sum(one[name] for one in alone) / 2, atol=1e-9)
 
 
-def test_drawn_paths_give_the_exact_expected_statistics() -> None:
+@pytest.mark.parametrize("proposal", ["auto", "bootstrap"])
+def test_drawn_paths_give_the_exact_expected_statistics(proposal: str) -> None:
     """From exact references one conditional filter of 4 particles leaves the exact law."""
-    model, groups, size = two_regimes(), 40, 50
+    model, groups, size = two_regimes(), 30, 150
     y, now = data(model), parameters(model)
     paths, chance = posterior()
     rng = np.random.default_rng(0)
@@ -194,6 +195,7 @@ def test_drawn_paths_give_the_exact_expected_statistics() -> None:
         4,
         resampler="multinomial",
         threshold=1.0,
+        proposal=proposal,
         reference=Reference(along(held)[:, 0], ancestor_sampling=False),
     )
     z = draw_paths(model, batch, how, torch.Generator().manual_seed(0), 1).z

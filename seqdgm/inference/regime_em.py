@@ -273,7 +273,9 @@ def fit(
     r"""Maximise the likelihood by stochastic-approximation EM with Kalman filters in the particles.
 
     All series share the parameters. The likelihood of a switching model has many local maxima:
-    `screening` iterations are made from each of `n_starts` starts, and the most likely goes on.
+    `screening` iterations are made from each of `n_starts` starts, and the most likely goes on. The
+    time of an iteration grows with the steps, and hardly with the series or particles while these
+    are few: many short series are learned from much faster than one long one.
 
     Parameters
     ----------
