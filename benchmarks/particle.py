@@ -1,7 +1,7 @@
 """Evidence by bootstrap particle filters: the package's models, and models that a user wrote.
 
-The peers are particles (NumPy), smcx and cuthbert (both JAX). dynamax has no particle filter but a
-Rao-Blackwellised one.
+The peers are particles (NumPy), pydpf (torch), smcx and cuthbert (both JAX). dynamax has no
+particle filter but a Rao-Blackwellised one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import _jax
+import _pydpf
 import numpy as np
 import torch
 from _harness import Call, Contender, Task, main, unbiased
@@ -156,12 +157,16 @@ def linear_gaussian(sizes: Sizes) -> Task:
 
     make = _jax.linear(TRANSITION, LOADING, STATE_STD, NOISE_STD)
     jax = partial(_jax.contender, make=make, x=data.values, n_particles=sizes.n_particles)
+    batched = _pydpf.linear(TRANSITION, LOADING, STATE_STD, NOISE_STD)
+    dpf = partial(_pydpf.contender, batched, data.values, sizes.n_particles)
     return Task(
         f"bootstrap filter, linear-Gaussian, state 4, observed 2, {sizes.series} series, "
         f"T = {sizes.steps}, N = {sizes.n_particles:,}",
         [
             *ours(given, LinearGaussian, data, sizes.n_particles, method="particle"),
             Contender("particles, series by series", particles, np.asarray, "particles"),
+            dpf(),
+            dpf(double=False),
             jax("smcx", _jax.smcx_filter),
             jax("smcx", _jax.smcx_filter, double=False),
             jax("cuthbert", _jax.cuthbert_filter),
@@ -232,8 +237,11 @@ def volatility(sizes: Sizes, which: int) -> Task:
 
     make = _jax.volatility(MU, RHO, SIGMA)
     jax = partial(_jax.contender, make=make, x=x, n_particles=n_particles)
+    dpf = partial(_pydpf.contender, _pydpf.volatility(MU, RHO, SIGMA), x, n_particles)
     peers = [
         Contender("particles", particles, np.asarray, "particles"),
+        dpf(),
+        dpf(double=False),
         jax("smcx", _jax.smcx_filter),
         jax("smcx", _jax.smcx_filter, double=False),
     ]

@@ -38,6 +38,7 @@ LEARNERS = {
     "quasi-likelihood": ("seqdgm.inference.quasi_likelihood", "fit"),
     "particle-score": ("seqdgm.inference.particle_score", "fit"),
     "particle-em": ("seqdgm.inference.particle_em", "fit"),
+    "regime-em": ("seqdgm.inference.regime_em", "fit"),
     "particle-em-networks": ("seqdgm.inference.particle_em", "fit_networks"),
 }
 

@@ -202,15 +202,7 @@ class Expected:
         Among such covariances it maximises the expected log-likelihood too, which depends on
         each eigenvalue by itself and has one top in it.
         """
-        root = self.least_noise.sqrt()
-        units = root[..., :, None] * root[..., None, :]
-        scaled = torch.nan_to_num(cov / units)
-        low = torch.linalg.cholesky_ex(scaled - torch.eye(cov.shape[-1]).to(cov)).info != 0
-        if not bool(low.any()):
-            return cov
-        values, vectors = torch.linalg.eigh(scaled)
-        lifted = (vectors * values.clamp_min(1.0)[..., None, :]) @ vectors.mT * units
-        return torch.where(low[:, None, None], lifted, cov)
+        return lifted(cov, self.least_noise)
 
     def _rest(self, steps: slice) -> Float[Tensor, "series time rest"]:
         """Inputs and a one."""
@@ -219,6 +211,21 @@ class Expected:
 
     def _total(self, *parts: Tensor) -> Moments:
         return Moments(*(p.sum(0, keepdim=True) for p in parts) if self.pooled else parts)
+
+
+def lifted(
+    cov: Float[Tensor, "sys obs obs"], least: Float[Tensor, "sys obs"]
+) -> Float[Tensor, "sys obs obs"]:
+    """Nearest covariance, in units of the variances `least`, that nowhere falls below them."""
+    root = least.sqrt()
+    units = root[..., :, None] * root[..., None, :]
+    scaled = torch.nan_to_num(cov / units)
+    low = torch.linalg.cholesky_ex(scaled - torch.eye(cov.shape[-1]).to(cov)).info != 0
+    if not bool(low.any()):
+        return cov
+    values, vectors = torch.linalg.eigh(scaled)
+    raised = (vectors * values.clamp_min(1.0)[..., None, :]) @ vectors.mT * units
+    return torch.where(low[:, None, None], raised, cov)
 
 
 class _Climb(NamedTuple):

@@ -291,6 +291,40 @@ def _paths(
     return torch.stack(z, 2), out
 
 
+class Drawn(NamedTuple):
+    """Paths of z given all data, and the log-evidence of the filter that they come from."""
+
+    z: Float[Tensor, "series n time drawn"]
+    log_likelihood: Float[Tensor, "series"]
+
+
+@torch.no_grad()
+def draw_paths(
+    model: ConditionallyLinearSSM,
+    batch: Batch,
+    options: SMCOptions,
+    generator: torch.Generator,
+    n: int,
+    *,
+    backward: bool = True,
+) -> Drawn:
+    """Draw `n` paths of z of every series, by exact backward simulation over all particles.
+
+    With a reference in `options` that is the kernel of the particle Gibbs sampler, which leaves
+    p(z | x) invariant with any number of particles. With ``backward=False`` the paths are those of
+    the genealogy.
+    """
+    history = _History(model, batch)
+    out = smc.run(model, batch, options, generator, (history,))
+    final = torch.multinomial(out.log_weights.exp(), n, True, generator=generator)
+    if backward:
+        chosen = _backward(model, batch, history.steps, final, None, generator)
+    else:
+        chosen = history.lineages(final)
+    z = [gather(step.z, index) for step, index in zip(history.steps, chosen, strict=True)]
+    return Drawn(torch.stack(z, 2), torch.where(batch.valid, out.increments, 0.0).sum(1))
+
+
 class Information(NamedTuple):
     r"""What later observations say of a: :math:`\exp(-a^\top \Omega a / 2 + \lambda^\top a)`."""
 
@@ -313,7 +347,7 @@ class Information(NamedTuple):
         if bool(info.any()):
             raise ValueError(
                 "R is singular, so the smoother's backward moves have no information to work "
-                "with; pass moves=0, or add a little noise to R"
+                "with; pass moves=0 (smoother='genealogy' to fit), or add a little noise to R"
             )
         white = torch.cholesky_solve(load, factor)
         residual = torch.where(seen, x - lin.d, 0.0)
@@ -347,10 +381,13 @@ def _backward(
     batch: Batch,
     steps: list[Measured],
     final: Int[Tensor, "series n"],
-    moves: int,
+    moves: int | None,
     generator: torch.Generator,
 ) -> list[Int[Tensor, "series n"]]:
-    """Particle that each path goes through at every step, moved away from its genealogy."""
+    """Particle that each path goes through at every step, moved away from its genealogy.
+
+    Without a number of moves each is drawn from its law given the path that follows.
+    """
     x = _unfilled(batch)
     chosen = [final]
     size = model.state_dim
@@ -360,6 +397,9 @@ def _backward(
         lin = model.linear(z)
         info = info.observed(lin, x[:, t, None]).carried(lin)
         before, u = steps[t - 1], batch.inputs_at(t, extra_axes=1)
+        if moves is None:
+            chosen.append(_simulated(model, u, before, z, info, generator))
+            continue
         target = partial(_log_target, model, u, before, z, info)
         chosen.append(_moved(target, before, _ancestors(steps[t], chosen[-1]), moves, generator))
     return chosen[::-1]
@@ -377,6 +417,25 @@ def _log_target(
     origin, mean, cov = (gather(leaf, index) for leaf in before[:3])
     law = dist.expand(model.transition(origin, u), index.shape, z.shape[-1])
     return dist.log_prob(law, z).double() + info.log_integral(mean, cov).double()
+
+
+def _simulated(
+    model: ConditionallyLinearSSM,
+    u: Inputs,
+    before: Measured,
+    z: Float[Tensor, "series n drawn"],
+    info: Information,
+    generator: torch.Generator,
+) -> Int[Tensor, "series n"]:
+    """Draw the particle of every path among all of them."""
+    series, count = before.log_weights.shape
+    n = z.shape[1]
+    every = torch.arange(count, device=z.device).repeat(series, n)
+    wide = Information(*(leaf.repeat_interleave(count, 1) for leaf in info))
+    target = _log_target(model, u, before, z.repeat_interleave(count, 1), wide, every)
+    logits = before.log_weights[:, None] + target.unflatten(1, (n, count))
+    weights = torch.softmax(logits, -1)
+    return torch.multinomial(weights.flatten(0, 1), 1, generator=generator).reshape(series, n)
 
 
 def _moved(

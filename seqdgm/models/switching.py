@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,9 +19,13 @@ from seqdgm.models._conditionally_linear import (
     predictive,
 )
 from seqdgm.models._matrices import check_shapes, read_matrix
+from seqdgm.models._regimes import NAMES, Learned, Regimes, maximise, start
 from seqdgm.nn import distributions as dist
 from seqdgm.panel import Panel
-from seqdgm.types import Batch, Inputs
+from seqdgm.types import Batch, Inputs, check_count
+
+if TYPE_CHECKING:
+    from seqdgm.inference.regime_em import Statistics
 
 MATRICES = ("F", "H", "Q", "R", "m0", "P0", "b", "d")
 VECTORS = ("m0", "b", "d")
@@ -41,19 +46,33 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
     the filter is fully adapted, the weight of a particle does not depend on its draw.
 
     `filter` and `smooth` report z and the probabilities of the regimes. `smooth` draws paths of
-    regimes backwards and smooths z exactly given each. The matrices are given; `fit` takes the data
-    over.
+    regimes backwards and smooths z exactly given each.
+
+    What is given is held fixed by `fit`, unless `learn` names it; the rest is learned by
+    stochastic-approximation EM (``method="particle-em"``, `seqdgm.inference.regime_em`), with
+    parameters that all series share. The regimes have no order of their own, and a learned state
+    space no basis.
 
     Parameters
     ----------
-    Pi : array_like of shape (regimes, regimes)
+    Pi : array_like of shape (regimes, regimes), optional
         Transition matrix; row i holds the probabilities of the regimes after regime i.
-    F, H, Q, R : array_like
+    F, H, Q, R : array_like, optional
         Matrices with the axis of the regimes first, or without it where all regimes share them.
     m0, P0, b, d : array_like, optional
-        The same for the first state (default: zero and the identity) and the offsets (zero).
+        The same for the first state and the offsets. Where nothing is learned the first state
+        defaults to zero and the identity, else it is learned too. The offsets default to zero; `d`
+        is learned with `H`.
     p0 : array_like of shape (regimes,), optional
-        Probabilities of the first regime; default the stationary ones of `Pi`.
+        Probabilities of the first regime; learned with `Pi`, else the stationary ones by default.
+    n_regimes, state_dim : int, optional
+        Number of regimes and width of z; needed where no matrix tells it.
+    learn : sequence of str, optional
+        Names of what to learn; given values are then where learning starts. Default: what is not
+        given.
+    shared : sequence of str
+        What of the learned is the same in all regimes. Given values that are learned decide it by
+        their own axes.
 
     Raises
     ------
@@ -72,6 +91,14 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
     >>> states.names
     ('z1', 'regime0', 'regime1')
 
+    Both learned, with the level known to be a random walk:
+
+    >>> draft = SwitchingLinearSSM(F=[[1.0]], H=[[1.0]], n_regimes=2)
+    >>> quick = {"max_iter": 4, "n_starts": 1, "n_particles": 5, "n_trajectories": 2}
+    >>> fitted = draft.fit(model.sample(60, seed=0), seed=0, **quick)
+    >>> fitted.Q_.shape, bool((fitted.R_[0] == fitted.R_[1]).all())
+    (torch.Size([2, 1, 1]), True)
+
     References
     ----------
     Hamilton (1989); Kim (1994), Dynamic linear models with Markov-switching, *Journal of
@@ -79,6 +106,7 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
     of jump Markov linear systems, *IEEE Transactions on Signal Processing* 49, section IV.
     """
 
+    learners: ClassVar[Mapping[str, str]] = {"given": "given", "particle-em": "regime-em"}
     latent_dim = 1
 
     Pi_: Tensor
@@ -94,41 +122,171 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
 
     def __init__(
         self,
-        Pi: Any,
-        F: Any,
-        H: Any,
-        Q: Any,
-        R: Any,
+        Pi: Any = None,
+        F: Any = None,
+        H: Any = None,
+        Q: Any = None,
+        R: Any = None,
         m0: Any = None,
         P0: Any = None,
         b: Any = None,
         d: Any = None,
         p0: Any = None,
+        *,
+        n_regimes: int | None = None,
+        state_dim: int | None = None,
+        learn: Sequence[str] | None = None,
+        shared: Sequence[str] = ("H", "R", "d", "m0", "P0"),
     ) -> None:
         super().__init__()
         self.Pi, self.F, self.H, self.Q, self.R = Pi, F, H, Q, R
         self.m0, self.P0, self.b, self.d, self.p0 = m0, P0, b, d, p0
-        chain = _probabilities("Pi", Pi, 2)
-        regimes = len(chain)
-        if chain.shape != (regimes, regimes):
-            raise ValueError(f"Pi has shape {chain.shape}; it must be square, a row a regime")
-        first = _stationary(chain) if p0 is None else _probabilities("p0", p0, 1)
-        if first.shape != (regimes,):
-            raise ValueError(f"p0 has shape {first.shape}, expected ({regimes},)")
-        fields = {name: _by_regime(name, getattr(self, name), regimes) for name in MATRICES}
+        self.learn, self.shared = learn, shared
+        self.n_regimes, self.state_dim = self._sizes(n_regimes, state_dim)
+        self._given = self._read()
+        self.learned = self._what_is_learned()
+        # What is written down needs no learner, and what is not cannot do without.
+        kind = "particle-em" if self.learned.free else "given"
+        self.learners = {kind: type(self).learners[kind]}  # type: ignore[misc]
+        self.min_length = 2 if self.learned.free else 1
+        for name in NAMES:
+            self.register_buffer(f"{name}_", None)
+        if not self.learned.free:
+            self.set_regimes(self._complete())
+            self.obs_dim_ = self.H_.shape[-2]
+
+    # -- parameters -----------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether all matrices are known."""
+        return self.F_ is not None
+
+    def set_regimes(self, regimes: Regimes) -> None:
+        """Take parameters over."""
+        for name, value in zip(NAMES, regimes, strict=True):
+            setattr(self, f"{name}_", value.contiguous())
+
+    def estimates(self) -> dict[str, float]:
+        """Entries of what was learned; of one regime where all share it."""
+        out: dict[str, float] = {}
+        for name in NAMES if self.ready else ():
+            value = getattr(self, f"{name}_")
+            if name not in self.learned.free:
+                continue
+            tied = name in self.learned.shared
+            for place in np.ndindex(*(value[0] if tied else value).shape):
+                entry = value[0][place] if tied else value[place]
+                out[f"{name}[{','.join(map(str, place))}]"] = float(entry)
+        return out
+
+    def em_starts(self, batch: Batch, count: int, generator: torch.Generator) -> list[Regimes]:
+        """What is given, and estimates from the data for the rest, random after the first start."""
+        x = torch.where(batch.mask, batch.x, torch.nan).numpy()
+        series = [x[k, :length] for k, length in enumerate(batch.lengths.tolist())]
+        seed = int(torch.randint(2**31, (), generator=generator))
+        sizes = (self.n_regimes, self.state_dim)
+        return [
+            start(
+                self._given,
+                self.learned,
+                series,
+                *sizes,
+                np.random.default_rng((seed, k)) if k else None,
+            )
+            for k in range(count)
+        ]
+
+    def em_step(self, regimes: Regimes, origin: Regimes, statistics: Statistics) -> Regimes:
+        """Closed-form maximum over what is learned."""
+        return maximise(regimes, origin, statistics, self.learned)
+
+    def _sizes(self, n_regimes: int | None, state_dim: int | None) -> tuple[int, int]:
+        """Number of regimes and width of z, from what was said or from the matrices."""
+        for name in ("Pi", "p0"):
+            if n_regimes is None and getattr(self, name) is not None:
+                n_regimes = len(getattr(self, name))
+        for name in MATRICES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            shape = np.shape(value)
+            if n_regimes is None and len(shape) == 2 + (name not in VECTORS):
+                n_regimes = shape[0]
+            if state_dim is None and name not in ("R", "d"):
+                state_dim = shape[-1]
+        for name, size in (("n_regimes", n_regimes), ("state_dim", state_dim)):
+            if size is None:
+                raise ValueError(f"give {name}, or a matrix that tells it")
+            check_count(name, size)
+        assert n_regimes is not None
+        assert state_dim is not None
+        return int(n_regimes), int(state_dim)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        """What was given, checked, with the axis of the regimes first."""
+        count = self.n_regimes
+        fields = {name: _by_regime(name, getattr(self, name), count) for name in MATRICES}
         given = {name: value for name, value in fields.items() if value is not None}
-        state, dim = given["F"].shape[-1], given["H"].shape[-2]
-        for k in range(regimes):
-            check_shapes({name: value[k] for name, value in given.items()}, state)
-        default = {
-            "m0": np.zeros((regimes, state)),
-            "P0": np.broadcast_to(np.eye(state), (regimes, state, state)),
-            "b": np.zeros((regimes, state)),
-            "d": np.zeros((regimes, dim)),
+        for k in range(count):
+            check_shapes({name: value[k] for name, value in given.items()}, self.state_dim)
+        if self.Pi is not None:
+            given["Pi"] = chain = _probabilities("Pi", self.Pi, 2)
+            if chain.shape != (count, count):
+                raise ValueError(
+                    f"Pi has shape {chain.shape}; it must be square, a row for each of the {count} "
+                    "regimes"
+                )
+        if self.p0 is not None:
+            given["p0"] = first = _probabilities("p0", self.p0, 1)
+            if first.shape != (count,):
+                raise ValueError(f"p0 has shape {first.shape}, expected ({count},)")
+        return given
+
+    def _what_is_learned(self) -> Learned:
+        needed = {"Pi", "F", "H", "Q", "R"} - self._given.keys()
+        for option in ("learn", "shared"):
+            names = getattr(self, option) or ()
+            unknown = sorted(set(names) - set(NAMES))
+            if unknown:
+                raise ValueError(
+                    f"{option}={unknown} are no parameters of the model; choose among {NAMES}"
+                )
+        tied = {"Pi", "p0"} & set(self.shared)
+        if tied:
+            raise ValueError(f"shared={sorted(tied)} cannot be the same in all regimes")
+        if self.learn is not None:
+            free = needed | set(self.learn)
+        else:
+            extra = {"m0", "P0"} if needed else set()
+            extra |= {"d"} if "H" in needed else set()
+            free = needed | (extra - self._given.keys())
+        if "Pi" in free and "p0" not in self._given:
+            free.add("p0")
+        shared = {
+            name
+            for name in NAMES
+            if (
+                _without_axis(name, getattr(self, name))
+                if name in self._given
+                else name in self.shared
+            )
         }
-        for name, value in {**default, **given, "Pi": chain, "p0": first}.items():
-            self.register_buffer(f"{name}_", torch.from_numpy(np.array(value, dtype=float)))
-        self.n_regimes, self.state_dim, self.obs_dim_ = regimes, state, dim
+        return Learned(frozenset(free), frozenset(shared))
+
+    def _complete(self) -> Regimes:
+        """What is given, with defaults for the rest, where nothing is learned."""
+        count, state, dim = self.n_regimes, self.state_dim, self._given["H"].shape[-2]
+        chosen = {
+            "m0": np.zeros((count, state)),
+            "P0": np.broadcast_to(np.eye(state), (count, state, state)),
+            "b": np.zeros((count, state)),
+            "d": np.zeros((count, dim)),
+            **self._given,
+        }
+        if "p0" not in chosen:
+            chosen["p0"] = _stationary(chosen["Pi"])
+        return Regimes(*(torch.from_numpy(np.array(chosen[n], dtype=float)) for n in NAMES))
 
     def input_width(self) -> int | None:
         """The model takes no inputs."""
@@ -144,11 +302,12 @@ class SwitchingLinearSSM(ConditionallyLinearSSM):
     def check_data(self, panel: Panel) -> None:
         """Raise a ValueError if the matrices do not fit the width of the data."""
         super().check_data(panel)
-        if panel.n_dims != self.obs_dim_:
-            raise ValueError(
-                f"H has {self.obs_dim_} rows, but y has {panel.n_dims} columns {panel.columns}; "
-                "give one row for each column"
-            )
+        for name, axis in (("H", -2), ("R", -1), ("d", -1)):
+            if name in self._given and self._given[name].shape[axis] != panel.n_dims:
+                raise ValueError(
+                    f"{name} is for {self._given[name].shape[axis]} columns, but y has "
+                    f"{panel.n_dims} columns {panel.columns}; give one row for each column"
+                )
 
     def state_names(self, dim: int) -> tuple[str, ...]:
         """The elements of z, then the probabilities of the regimes."""
@@ -224,6 +383,11 @@ def _pick(field: Tensor, k: Int[Tensor, "*batch"], axes: int) -> Tensor:
     wide = field.expand(*k.shape, *field.shape[lead:])
     place = k.reshape(*k.shape, 1, *[1] * axes).expand(*k.shape, 1, *tail)
     return wide.gather(k.ndim, place).squeeze(k.ndim)
+
+
+def _without_axis(name: str, value: Any) -> bool:
+    """Whether a parameter was given once for all regimes."""
+    return name in MATRICES and np.ndim(value) == (1 if name in VECTORS else 2)
 
 
 def _by_regime(name: str, value: Any, regimes: int) -> np.ndarray | None:
