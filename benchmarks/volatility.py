@@ -83,7 +83,8 @@ def main() -> None:
     about = (
         f"Posterior means from 4 chains of {found.draws['mu'].shape[1]:,} draws, 300 particles, "
         f"{seconds:.0f} s; effective draws and R-hat {summary}; acceptance "
-        f"{found.accept_rate.mean():.2f}. Durbin and Koopman's are maximum-likelihood estimates."
+        f"{found.accept_rate.mean():.2f}. Durbin and Koopman's are maximum-likelihood estimates. "
+        "The published figures have not been checked against the printed tables."
     )
     print(about)
     folder_out = options.output or (None if options.tiny else RESULTS)
