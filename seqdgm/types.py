@@ -239,6 +239,13 @@ class Unrolled(NamedTuple):
     proposal: Distribution
 
 
+# Chooses whom the paths go on from as they are drawn, of rows that are paths. It is given after each
+# step the step's number, the numbers of the rows that it has (the longest first), and their memory
+# before the draw, the draw and the law that it came from. It returns, for each row of the next
+# step, the place among these of the row that it goes on from; None where each does from its own.
+Steer = Callable[[int, Int[Tensor, "rows"], Any, Tensor, Distribution], Tensor | None]
+
+
 class Prediction(NamedTuple):
     """Joint predictive distribution of future observations and states, in model units."""
 
