@@ -39,7 +39,9 @@ LOOPS = [
     STORN(2, 4, 4, "bernoulli", max_epochs=1),
 ]
 LENGTHS = (5, 12, 3, 8)
-each_steered = pytest.mark.parametrize("model", STEERED, ids=lambda m: f"{type(m).__name__}-{m.cell}")
+each_steered = pytest.mark.parametrize(
+    "model", STEERED, ids=lambda m: f"{type(m).__name__}-{m.cell}"
+)
 
 
 def chords(gaps: bool = False) -> list[np.ndarray]:
@@ -114,9 +116,7 @@ def test_steered_particles_equal_their_steps_under_the_same_draws(
     # A memory that sees no observation is unrolled whatever is missing.
     model, batch = built(model, gaps=not model.feedback)
     own, own_gradients = learnt(model, batch, objective)
-    how = Steering(
-        objective.n_particles, objective.threshold, 0.7, objective.resampling_gradients
-    )
+    how = Steering(objective.n_particles, objective.threshold, 0.7, objective.resampling_gradients)
     seen = []
     unrolled = particles.unrolled
     with monkeypatch.context() as patch:
@@ -159,4 +159,5 @@ def test_ancestors_are_chosen_by_the_weights_of_the_steps(
     assert len(uniforms) == first > 3
     assert torch.equal(swarm.ancestors, steps.ancestors)
     assert torch.equal(swarm.resampled, steps.resampled)
-    assert bool(swarm.resampled.any()) and not bool(swarm.resampled[:, 1:].all())
+    assert bool(swarm.resampled.any())
+    assert not bool(swarm.resampled[:, 1:].all())

@@ -29,6 +29,7 @@ from seqdgm.inference.resampling import (
 from seqdgm.inference.scan import fed, unrolled
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import deferred
+from seqdgm.nn.ragged import Ragged
 from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
@@ -208,21 +209,20 @@ def _weigh(
     emission = dist.expand(model.emission(step.s, u), shape[:2], shape[2])
     log_w = dist.log_prob(emission, x, mask).double()
     if not bootstrap:
-        log_w = log_w + how.beta * _log_ratio(model, step.h, u, step.z, step.law)
+        ratio = _log_prior(model, step.h, u, step.z) - dist.log_prob(step.law, step.z)
+        log_w = log_w + how.beta * ratio
     inside = (t < batch.lengths)[:, None]
     cloud.log_weights, _, cloud.ess = weigh(cloud.log_weights + torch.where(inside, log_w, 0.0))
     if cloud.x is not None:
         cloud.x = dist.fill_missing(emission, x, mask, generator)
 
 
-def _log_ratio(
-    model: StateSpaceModel, h: Any, u: Inputs, z: Float[Tensor, "*batch state"], law: Distribution
+def _log_prior(
+    model: StateSpaceModel, h: Any, u: Inputs, z: Float[Tensor, "*batch state"]
 ) -> Float[Tensor, "*batch"]:
-    """Log of f / q."""
     prior = model.prior(h, u)
     assert prior is not None
-    prior = dist.expand(prior, z.shape[:-1], model.latent_dim)
-    return dist.log_prob(prior, z) - dist.log_prob(law, z)
+    return dist.log_prob(dist.expand(prior, z.shape[:-1], model.latent_dim), z)
 
 
 def _stacked(steps: list[_Step], context: Tensor | None) -> Swarm:
@@ -249,25 +249,30 @@ class _Pilot:
     ) -> None:
         self.model, self.how, self.generator = model, how, generator
         count, steps = how.n_particles, batch.n_steps
-        # The longest series first, as they are asked for.
-        self.order = torch.argsort(batch.lengths, descending=True, stable=True)
-        self.sizes = batch.valid.sum(0).tolist()
-        rows = self.order.repeat_interleave(count)
+        ragged = Ragged.of(batch.lengths.repeat_interleave(count), steps)
+        # Series from the longest to the shortest, and how many of them reach each step.
+        self.order = ragged.order[::count] // count
+        self.sizes = [size // count for size in ragged.sizes]
+        place = ragged.place // (count * steps) * steps + ragged.place % steps
+        arrays = (batch.inputs_all().values, batch.x, *([] if batch.complete else [batch.mask]))
+        self.data = [x.flatten(0, 1).index_select(0, place).split(ragged.sizes) for x in arrays]
         self.t = batch.inputs_all().t.unbind()
-        arrays = (batch.x, batch.u, *([] if batch.complete else [batch.mask]))
-        self.data = [x[:, :steps].transpose(0, 1).index_select(1, rows).unbind() for x in arrays]
         self.log_weights = batch.x.new_zeros((len(batch.x), count), dtype=torch.float64)
-        own = torch.arange(count, device=rows.device)
+        own = torch.arange(count, device=place.device)
         self.ancestors = own.repeat(steps, len(self.order), 1)
         self.resampled = torch.zeros_like(batch.valid.t())
-        self.first = count * torch.arange(len(self.order), device=rows.device)[:, None]
+        self.first = count * torch.arange(len(self.order), device=place.device)[:, None]
 
     def __call__(
-        self, t: int, rows: Int[Tensor, "rows"], h: Any, z: Tensor, law: Distribution
+        self, t: int, rows: Int[Tensor, "rows"], h: Any, s: Any, z: Tensor, log_q: Tensor
     ) -> Int[Tensor, "later"] | None:
         """Weigh the particles of step t, and let them choose their ancestors."""
-        log_w = self._weigh(t, h, z, law).view(-1, self.how.n_particles)
-        weighed, later = weigh(self.log_weights + log_w), self.sizes[t + 1]
+        values, x, *mask = (part[t] for part in self.data)
+        u, later = Inputs(values, self.t[t]), self.sizes[t + 1]
+        emission = dist.expand(self.model.emission(s, u), (len(z),), x.shape[1])
+        log_w = dist.log_prob(emission, x, *mask).double()
+        log_w += self.how.beta * (_log_prior(self.model, h, u, z) - log_q)
+        weighed = weigh(self.log_weights + log_w.view(-1, self.how.n_particles))
         self.log_weights = weighed.log_weights[:later]
         done = self.how.resample(self.log_weights, weighed.ess[:later], self.generator)
         if done is None:
@@ -275,14 +280,6 @@ class _Pilot:
         (ancestors, self.log_weights, _), self.resampled[t + 1, :later] = done
         self.ancestors[t + 1, :later] = ancestors
         return (ancestors + self.first[:later]).flatten()
-
-    def _weigh(self, t: int, h: Any, z: Tensor, law: Distribution) -> Float[Tensor, "rows"]:
-        n = len(z)
-        x, values, *mask = (x[t][:n] for x in self.data)
-        u = Inputs(values, self.t[t])
-        emission = dist.expand(self.model.emission(self.model.absorb(h, z), u), (n,), x.shape[1])
-        log_g = dist.log_prob(emission, x, *mask).double()
-        return log_g + self.how.beta * _log_ratio(self.model, h, u, z, law)
 
     def chosen(self) -> tuple[Int[Tensor, "series particle time"], Bool[Tensor, "series time"]]:
         """Ancestors of all steps, and which series were resampled."""
@@ -305,10 +302,9 @@ def _steered(
     trace = unrolled(model, batch.lengths, generator, whole, pilot)
     if trace is None:
         return None
-    log_q = dist.log_prob(trace.proposal(slice(0, batch.n_steps)), trace.z)
     h, s, z, log_q = (
         tree_map(lambda leaf: leaf.unflatten(0, shape), tree)
-        for tree in (trace.h, trace.s, trace.z, log_q)
+        for tree in (trace.h, trace.s, trace.z, trace.log_q)
     )
     return Swarm(Along(h, s, 0), z, log_q, *pilot.chosen(), given[1])
 

@@ -37,6 +37,8 @@ class Trace(NamedTuple):
         Encoded data that the proposals read.
     x : Tensor or None
         Observations with the missing ones drawn, where the model fed those back.
+    log_q : Tensor or None
+        Log-densities of the draws of steered paths.
     """
 
     h: Any
@@ -46,6 +48,7 @@ class Trace(NamedTuple):
     proposals: list[Distribution] | Distribution
     context: Tensor | None = None
     x: Tensor | None = None
+    log_q: Tensor | None = None
 
     def proposal(self, steps: slice) -> Distribution:
         """What z was drawn from at some steps; all of them, where the model unrolled itself."""
@@ -156,7 +159,8 @@ def unrolled(
     found = model.unroll(s, x, context, known, lengths, generator, steer)
     if found is None:
         return None
-    return Trace(found.h, found.z, model.absorb(found.h, found.z), 0, found.proposal, context)
+    s = model.absorb(found.h, found.z)
+    return Trace(found.h, found.z, s, 0, found.proposal, context, log_q=found.log_q)
 
 
 def _loop(

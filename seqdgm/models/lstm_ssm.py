@@ -204,7 +204,11 @@ class LSTMSSM(DeepModel):
         given = F.linear(self.known(u), of_known, self.gates.bias)
         networks = Networks(self.proposal_memory, self.proposal_law, of_z)
         lead = F.linear(s.z, of_z)
-        h, z, law = self.recurrence.unroll(
-            s.cell, lead, given, c, networks, lengths, generator, steer
+
+        def chosen(t: int, rows: Tensor, h: Cell, read: Tensor, *drawn: Tensor) -> Tensor | None:
+            assert steer is not None
+            return steer(t, rows, h, State(h, read), *drawn)
+
+        return self.recurrence.unroll(
+            s.cell, lead, given, c, networks, lengths, generator, None if steer is None else chosen
         )
-        return Unrolled(h, z, law)

@@ -222,7 +222,11 @@ class VRNN(DeepModel):
         assert isinstance(features, nn.Linear)
         networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight, features)
         lead, given = self.gates_z(s.features), self._given(x, u)
-        h, z, law = self.recurrence.unroll(
-            s.cell, lead, given, c, networks, lengths, generator, steer
+
+        def chosen(t: int, rows: Tensor, h: Cell, read: Tensor, *drawn: Tensor) -> Tensor | None:
+            assert steer is not None
+            return steer(t, rows, h, State(h, read), *drawn)
+
+        return self.recurrence.unroll(
+            s.cell, lead, given, c, networks, lengths, generator, None if steer is None else chosen
         )
-        return Unrolled(h, z, law)

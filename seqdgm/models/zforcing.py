@@ -229,16 +229,17 @@ class ZForcing(DeepModel):
         networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight)
         read = c[..., self.encoder.context_dim :]
 
-        def chosen(t: int, rows: Tensor, cell: Cell, z: Tensor, law: Distribution) -> Tensor | None:
+        def chosen(t: int, rows: Tensor, cell: Cell, z: Tensor, *drawn: Tensor) -> Tensor | None:
             assert steer is not None
             given = (x[:, t].index_select(0, rows // copies) for x in (h.gates, h.hidden))
-            return steer(t, rows, Memory(cell, *given), z, law)
+            here = Memory(cell, *given)
+            return steer(t, rows, here, self.absorb(here, z), *drawn)
 
-        cell, z, law = self.recurrence.unroll(
+        found = self.recurrence.unroll(
             s, None, h.gates, read, networks, lengths, generator, None if steer is None else chosen
         )
         given = (x[:, None].expand(-1, copies, -1, -1).flatten(0, 1) for x in (h.gates, h.hidden))
-        return Unrolled(Memory(cell, *given), z, law)
+        return found._replace(h=Memory(found.h, *given))
 
     def auxiliary(self, h: Memory, z: Tensor, c: Tensor, u: Inputs) -> Float[Tensor, "*batch"]:
         """Weighted log-density of the summaries given z, without a gradient to the summaries."""

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributions import Normal
 
 from seqdgm.nn.fused_cells import AHEAD, BACK, State, steps_of
+from seqdgm.nn.gaussians import HALF_LOG_2PI
 from seqdgm.nn.ragged import Ragged
 from seqdgm.types import Steer
 
@@ -83,7 +83,8 @@ def draw_with_memory(
     min_scale : float
         Floor of the scale.
     steer : callable, optional
-        Chooses after each step whom the rows go on from, without a gradient.
+        Chooses after each step whom the rows go on from, without a gradient; as a row's state it is
+        given what the gates read of the draw, f.
 
     Examples
     --------
@@ -100,6 +101,14 @@ def draw_with_memory(
     how = (kind, ragged, min_scale, len(first), steer)
     found = _Memory.apply(how, c, given, noise, *first, *weights)
     return Path(found[0], found[1], found[2], found[3:])
+
+
+def log_density(
+    scale: Float[Tensor, "rows latent"], noise: Float[Tensor, "rows latent"]
+) -> Float[Tensor, "rows"]:
+    """Log-density of draws made with this noise: as the location moves, it does not change."""
+    elements = torch.addcmul(scale.log(), noise, noise, value=0.5)
+    return -HALF_LOG_2PI * scale.shape[1] - elements.sum(1)
 
 
 def _later(ragged: Ragged) -> Ragged:
@@ -165,9 +174,9 @@ class _Memory(torch.autograd.Function):
                 torch.addmm(w.features_bias, z_t, f, out=read_t).relu_()
             if t < len(gates):
                 if steer is not None:
-                    law = Normal(loc_t, scale_t, validate_args=False)
-                    held = tuple(part[: len(a_t)] for part in state)
-                    chosen[t] = steer(t, ragged.order[: len(a_t)], held, z_t, law)
+                    h_t = tuple(part[: len(a_t)] for part in state)
+                    log_q = log_density(scale_t, noise_t)
+                    chosen[t] = steer(t, ragged.order[: len(a_t)], h_t, read_t, z_t, log_q)
                     *state, read_t = _gathered((*state, read_t), chosen[t])
                 gates[t].addmm_(read_t[: len(gates[t])], r)
                 state = cell.ahead(t, tuple(state))

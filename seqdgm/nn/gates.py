@@ -12,9 +12,9 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from seqdgm.nn.deferred import LoopLinear
-from seqdgm.nn.fused_memory import Weights, draw_with_memory
+from seqdgm.nn.fused_memory import Weights, draw_with_memory, log_density
 from seqdgm.nn.ragged import Ragged
-from seqdgm.types import Steer
+from seqdgm.types import Steer, Unrolled
 
 
 class Networks(NamedTuple):
@@ -119,7 +119,7 @@ class GatedCell(nn.Module):
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
         steer: Steer | None = None,
-    ) -> tuple[tuple[Tensor, ...], Float[Tensor, "paths time latent"], Normal]:
+    ) -> Unrolled:
         """Memories that the states of all steps are drawn given, these states, and their laws.
 
         One path for each series, or as many as it has places in `start`, next to each other. The
@@ -142,7 +142,8 @@ class GatedCell(nn.Module):
             Number of steps of each series.
         generator : torch.Generator
         steer : callable, optional
-            Chooses after each step whom the paths go on from.
+            Chooses after each step whom the paths go on from; as the state of a path it is given
+            what the gates read of the draw.
         """
         memory, law, gates, features = networks
         shared, copies = Ragged.of(lengths, c.shape[1]), len(start[0]) // len(c)
@@ -173,7 +174,11 @@ class GatedCell(nn.Module):
         )
         loc, scale = ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0)
         states = tuple(ragged.unpack(part) for part in path.memory)
-        return states, ragged.unpack(path.z), Normal(loc, scale, validate_args=False)
+        log_q = None
+        if steer is not None:
+            log_q = ragged.unpack(log_density(path.scale, noise)[:, None])[..., 0]
+        law_of_all = Normal(loc, scale, validate_args=False)
+        return Unrolled(states, ragged.unpack(path.z), law_of_all, log_q)
 
 
 class GaussianLayer(nn.Module):
