@@ -14,6 +14,7 @@ import seqdgm as sq
 from seqdgm.inference import particle_scan as particles
 from seqdgm.inference.objectives import Objective, evaluate
 from seqdgm.inference.particle_scan import Steering, Swarm, particle_scan
+from seqdgm.inference.scan import scan
 from seqdgm.models.lstm_ssm import LSTMSSM
 from seqdgm.models.srnn import SRNN
 from seqdgm.models.storn import STORN
@@ -161,3 +162,73 @@ def test_ancestors_are_chosen_by_the_weights_of_the_steps(
     assert torch.equal(swarm.resampled, steps.resampled)
     assert bool(swarm.resampled.any())
     assert not bool(swarm.resampled[:, 1:].all())
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("features", [False, True])
+def test_gradients_go_back_to_the_ancestors(kind: str, features: bool) -> None:
+    # Two particles of three series; those of the first and the last go on from a single one.
+    ragged = Ragged.of(torch.tensor([4, 2, 3]).repeat_interleave(2), 4)
+    ancestors = [torch.tensor([1, 1, 3, 2, 5, 5]), None, torch.tensor([0, 0])]
+    gates, read = {"lstm": 8, "gru": 6}[kind], 3 if features else 1
+    shapes = [(9, 3), (6, gates), (3, 2), (2, 3), (2,), (gates, read), (gates, 2)]
+    shapes += [(gates,)] * (kind == "gru") + [(3, 1), (3,)] * features
+    shapes += [(6, 2)] * (2 if kind == "lstm" else 1)
+    generator = make_generator(0)
+    tensors = [
+        torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+        for shape in shapes
+    ]
+    noise = torch.randn(18, 1, dtype=torch.float64, generator=generator)
+
+    def draw(*given: Tensor) -> tuple[Tensor, ...]:
+        c, inputs, p, v, d, r, u, *rest = given
+        bias = rest.pop(0) if kind == "gru" else None
+        f, b = (rest.pop(0), rest.pop(0)) if features else (None, None)
+        weights = Weights(p, v, d, r, u, bias, f, b)
+        path = draw_with_memory(
+            kind, c, inputs, tuple(rest), noise, weights, ragged, 1e-3, lambda t, *_: ancestors[t]
+        )
+        return (path.loc, path.scale, path.z, *path.memory)
+
+    assert torch.autograd.gradcheck(draw, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("model", LOOPS, ids=lambda m: type(m).__name__)
+def test_models_that_cannot_be_steered_walk_by_steps(
+    model: sq.StateSpaceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = built(model)
+    own = learnt(model, batch, Objective("fivo", 4))
+    by_steps(monkeypatch, model)
+    for found, wanted in zip(own, learnt(model, batch, Objective("fivo", 4)), strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["gaps", "wake-sleep", "autocast"])
+def test_particles_walk_by_steps_where_they_must(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = built(VRNN(2, 4, 4, "bernoulli", max_epochs=1), gaps=name == "gaps")
+    if name == "autocast":
+        model, batch = model.float(), replace(batch, x=batch.x.float(), u=batch.u.float())
+    by_hand = []
+    monkeypatch.setattr(
+        "seqdgm.nn.fused_memory._Memory.apply", lambda *given: by_hand.append(given)
+    )
+    objective = Objective("rws" if name == "wake-sleep" else "fivo", 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+        terms = evaluate(model, batch, objective, 1.0, make_generator(0))
+    assert not by_hand
+    assert bool(terms.value.isfinite().all())
+
+
+def test_one_steered_path_has_the_bound_of_its_particle() -> None:
+    model, batch = built(STEERED[0])
+    swarm = particle_scan(model, batch, Steering(1, 0.5), make_generator(3))
+    trace = scan(model, batch, make_generator(3))
+    assert_close([swarm.z[:, 0], swarm.path.s.features[:, 0]], [trace.z, trace.s.features])
+    inside = batch.valid
+    log_q = trace.proposal(slice(0, batch.n_steps)).log_prob(trace.z).sum(2)
+    assert swarm.log_q is not None
+    assert_close([swarm.log_q[:, 0][inside]], [log_q[inside]])
