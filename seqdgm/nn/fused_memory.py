@@ -140,6 +140,24 @@ def _gathered(state: State, ancestors: Tensor | None) -> State:
     return tuple(part.index_select(0, ancestors) for part in state)
 
 
+def _heirs(totals: State, count: int, ancestors: Tensor | None) -> State:
+    """Where the rows of the next step add their gradients for what they hold."""
+    if ancestors is None:
+        return tuple(total[:count] for total in totals)
+    return tuple(total.new_zeros(count, total.shape[1]) for total in totals)
+
+
+def _add_up(totals: State, heirs: State, ancestors: Tensor | None) -> None:
+    """Add the gradients of all descendants of each row."""
+    if ancestors is not None:
+        for total, part in zip(totals, heirs, strict=True):
+            total.index_add_(0, ancestors, part)
+
+
+def _over_copies(x: Float[Tensor, "rows dim"], copies: int) -> Float[Tensor, "shared dim"]:
+    return x if copies == 1 else x.unflatten(0, (-1, copies)).sum(1)
+
+
 class _Memory(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,8 +171,7 @@ class _Memory(torch.autograd.Function):
         kind, ragged, min_scale, n_parts, steer = how
         first, w = tensors[:n_parts], Weights(*tensors[n_parts:])
         copies = len(noise) // len(c)
-        alike = _each(given, copies)
-        cell = AHEAD[kind](alike, w.recurrent, w.recurrent_bias, _later(ragged))
+        cell = AHEAD[kind](_each(given, copies), w.recurrent, w.recurrent_bias, _later(ragged))
         # Products are fastest with the weights as (in, out).
         p, v, r = (x.t().contiguous() for x in (w.memory, w.out, w.gates))
         f = None if w.features is None else w.features.t().contiguous()
@@ -177,9 +194,10 @@ class _Memory(torch.autograd.Function):
                     h_t = tuple(part[: len(a_t)] for part in state)
                     log_q = log_density(scale_t, noise_t)
                     chosen[t] = steer(t, ragged.order[: len(a_t)], h_t, read_t, z_t, log_q)
-                    *state, read_t = _gathered((*state, read_t), chosen[t])
+                    *parts, read_t = _gathered((*state, read_t), chosen[t])
+                    state = tuple(parts)
                 gates[t].addmm_(read_t[: len(gates[t])], r)
-                state = cell.ahead(t, tuple(state))
+                state = cell.ahead(t, state)
         n = ragged.sizes[0]
         memories = [
             torch.cat([start[:n], part]) for start, part in zip(first, cell.kept, strict=False)
@@ -217,22 +235,15 @@ class _Memory(torch.autograd.Function):
             total_t, out_t, loc_t, raw_t, spread_t, c_t, a_t, *state_t = rows[t]
             if t < len(later):
                 given, seen_t, read_t = later[t]
-                ancestors, m = ctx.chosen[t], len(given)
-                whole = (*state_t, total_t)
-                if ancestors is None:
-                    *for_state, for_z = (x[:m] for x in whole)
-                else:
-                    *for_state, for_z = (x.new_zeros(m, x.shape[1]) for x in whole)
-                cell.back(t, tuple(for_state))
+                before = _heirs((*state_t, total_t), len(given), ctx.chosen[t])
+                cell.back(t, before[:-1])
                 if w.features is None:
-                    for_z.addmm_(given, w.gates)
+                    before[-1].addmm_(given, w.gates)
                 else:
                     torch.mm(given, w.gates, out=read_t)
                     relu_back(read_t, seen_t, 0.0, grad_input=read_t)
-                    for_z.addmm_(read_t, w.features)
-                if ancestors is not None:
-                    for x, part in zip(whole, (*for_state, for_z), strict=True):
-                        x.index_add_(0, ancestors, part)
+                    before[-1].addmm_(read_t, w.features)
+                _add_up((*state_t, total_t), before, ctx.chosen[t])
             loc_t.add_(total_t)
             raw_t.addcmul_(total_t, spread_t)
             relu_back(torch.mm(out_t, w.out, out=c_t), a_t, 0.0, grad_input=c_t)
@@ -251,8 +262,5 @@ class _Memory(torch.autograd.Function):
             None if w.features is None else for_seen.t() @ z.index_select(0, ragged.before),
             None if w.features is None else for_seen.sum(0),
         )
-        for_c, for_given = (
-            x if ctx.copies == 1 else x.unflatten(0, (-1, ctx.copies)).sum(1)
-            for x in (for_c, cell.given)
-        )
-        return None, for_c, for_given, None, *for_first, *found
+        shared = (_over_copies(x, ctx.copies) for x in (for_c, cell.given))
+        return None, *shared, None, *for_first, *found
