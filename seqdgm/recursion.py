@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint
 
 from seqdgm.model import SequenceModel
 from seqdgm.nn import distributions
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 if TYPE_CHECKING:
     from seqdgm.kernels.particles_types import Volatility
@@ -181,13 +181,17 @@ class StateSpaceModel(SequenceModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
+        steer: Steer | None = None,
     ) -> Unrolled | None:
         """All proposals and draws in one hand-fused call; None (the default): one by one.
+
+        What it returns has a row for each path.
 
         Parameters
         ----------
         s : state tree
-            State before the first step.
+            State before the first step, of each series or of several paths of each, which stand
+            next to each other.
         x : Tensor of shape (series, time, features), or None
             Embedded previous observations, where `advance` reads them.
         c : Tensor of shape (series, time, context)
@@ -197,6 +201,9 @@ class StateSpaceModel(SequenceModel):
         lengths : Tensor of int, shape (series,)
             Number of steps of each series, beyond which nothing need be computed.
         generator : torch.Generator
+        steer : callable, optional
+            Chooses after each step whom the paths go on from (`seqdgm.types.Steer`). Without it
+            there is one path a series. A model that cannot be steered returns None.
         """
         return None
 

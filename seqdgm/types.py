@@ -231,12 +231,22 @@ class Samples:
 class Unrolled(NamedTuple):
     """Memories, states and their proposals of all steps; leading axes (series, time).
 
-    Beyond a series' end there is anything finite.
+    Beyond a series' end there is anything finite. Paths that were steered have the log-densities
+    `log_q` of their draws, with gradients as those of the draws.
     """
 
     h: Any
     z: Float[Tensor, "series time state"]
     proposal: Distribution
+    log_q: Float[Tensor, "series time"] | None = None
+
+
+# Chooses whom the paths go on from as they are drawn, of rows that are paths. It is given after
+# each step but the last the step's number, the numbers of the rows that it has (the longest first),
+# and their memory h before the draw, their state s after it, the draw z and its log-density. It
+# returns, for each row of the next step, the place among these of the row that it goes on from;
+# None where each goes on from its own.
+Steer = Callable[[int, Int[Tensor, "rows"], Any, Any, Tensor, Tensor], Tensor | None]
 
 
 class Prediction(NamedTuple):

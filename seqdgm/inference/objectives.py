@@ -391,8 +391,8 @@ def _fivo(
     seen, mask = batch.x[:, None].expand(wide), batch.mask[:, None].expand(wide)
     log_g = joint.log_emission(model, batch, swarm.path, seen, mask)
     log_w, log_f, log_q = log_g, None, None
-    if swarm.proposals is not None:
-        log_q = _log_q(batch, swarm)
+    if swarm.log_q is not None:
+        log_q = torch.where(batch.valid[:, None], swarm.log_q.double(), 0.0)
         log_f = joint.log_prior(model, batch, swarm.path, swarm.z)
         log_w = log_g + beta * (log_f - log_q)
     elif wake:
@@ -408,12 +408,6 @@ def _fivo(
         value = _with_gradient_of(bound, bound + _scores(swarm, log_weights, bound))
     path = (swarm.path.h, swarm.z, swarm.context)
     return _terms(model, batch, value, _mean(log_g, log_weights), bound, path)
-
-
-def _log_q(batch: Batch, swarm: Swarm) -> Float[Tensor, "series particle time"]:
-    assert swarm.proposals is not None
-    steps = dist.log_prob(swarm.proposals, swarm.z).double()
-    return torch.where(batch.valid[:, None], steps, 0.0)
 
 
 def _scores(

@@ -2,7 +2,8 @@
 
 The loop is that of `seqdgm.inference.scan` with an axis for particles, which are resampled as they
 go. Whom to keep is decided without gradients; afterwards every prior, proposal and emission is
-evaluated once more, with gradients, in one call over (series x particles x time).
+evaluated once more, with gradients, in one call over (series x particles x time). A model that
+unrolls itself is steered: it asks after each step whom the particles go on from.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from seqdgm.inference.joint import Along
-from seqdgm.inference.resampling import adaptive, gather, multinomial, systematic, weigh
-from seqdgm.inference.scan import fed
+from seqdgm.inference.resampling import (
+    AdaptiveResampler,
+    adaptive,
+    gather,
+    multinomial,
+    systematic,
+    weigh,
+)
+from seqdgm.inference.scan import fed, unrolled
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import deferred
+from seqdgm.nn.ragged import Ragged
 from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
@@ -52,6 +61,11 @@ class Steering:
     independent: bool = False
     reparameterised: bool = True
 
+    @property
+    def resample(self) -> AdaptiveResampler:
+        """Draws ancestors for the series whose effective sample size is too small."""
+        return adaptive(multinomial if self.independent else systematic, self.threshold)
+
 
 class Swarm(NamedTuple):
     """Particles of every step.
@@ -60,8 +74,8 @@ class Swarm(NamedTuple):
     ----------
     path : Along
     z : Tensor of shape (series, particle, time, state)
-    proposals : Distribution or None
-        What z was drawn from; None where that is the prior.
+    log_q : Tensor of shape (series, particle, time) or None
+        Log-density of what z was drawn from; None where that is the prior.
     ancestors : Tensor of int, shape (series, particle, time)
         Numbers of the particles of the step before.
     resampled : Tensor of bool, shape (series, time)
@@ -72,7 +86,7 @@ class Swarm(NamedTuple):
 
     path: Along
     z: Float[Tensor, "series particle time state"]
-    proposals: Distribution | None
+    log_q: Float[Tensor, "series particle time"] | None
     ancestors: Int[Tensor, "series particle time"]
     resampled: Bool[Tensor, "series time"]
     context: Tensor | None
@@ -113,6 +127,10 @@ def particle_scan(
     shape = (batch.n_series, how.n_particles)
     context = model.encode(batch)
     over_time = fed(model, batch, context)
+    if how.reparameterised:
+        whole = _steered(model, batch, how, generator, (over_time, context))
+        if whole is not None:
+            return whole
     given = None if over_time is None else tree_unbind(over_time, 1)
     summaries = None if context is None else context[:, None].unbind(2)
     drawn = model.feedback and given is None
@@ -152,10 +170,7 @@ def _resample(
     """Let the particles of series with uneven weights choose their ancestors."""
     own = torch.arange(how.n_particles, device=batch.x.device).expand_as(cloud.log_weights)
     never = torch.zeros_like(batch.lengths, dtype=torch.bool)
-    if not t:
-        return own, never
-    scheme = multinomial if how.independent else systematic
-    done = adaptive(scheme, how.threshold)(cloud.log_weights, cloud.ess, generator)
+    done = how.resample(cloud.log_weights, cloud.ess, generator) if t else None
     if done is None:
         return own, never
     (ancestors, cloud.log_weights, _), resampled = done
@@ -194,10 +209,7 @@ def _weigh(
     emission = dist.expand(model.emission(step.s, u), shape[:2], shape[2])
     log_w = dist.log_prob(emission, x, mask).double()
     if not bootstrap:
-        prior = model.prior(step.h, u)
-        assert prior is not None
-        prior = dist.expand(prior, shape[:2], model.latent_dim)
-        ratio = dist.log_prob(prior, step.z) - dist.log_prob(step.law, step.z)
+        ratio = _log_prior(model, step.h, u, step.z) - dist.log_prob(step.law, step.z)
         log_w = log_w + how.beta * ratio
     inside = (t < batch.lengths)[:, None]
     cloud.log_weights, _, cloud.ess = weigh(cloud.log_weights + torch.where(inside, log_w, 0.0))
@@ -205,17 +217,96 @@ def _weigh(
         cloud.x = dist.fill_missing(emission, x, mask, generator)
 
 
+def _log_prior(
+    model: StateSpaceModel, h: Any, u: Inputs, z: Float[Tensor, "*batch state"]
+) -> Float[Tensor, "*batch"]:
+    prior = model.prior(h, u)
+    assert prior is not None
+    return dist.log_prob(dist.expand(prior, z.shape[:-1], model.latent_dim), z)
+
+
 def _stacked(steps: list[_Step], context: Tensor | None) -> Swarm:
     hs, zs, ss, laws, ancestors, resampled = (list(part) for part in zip(*steps, strict=True))
-    first = int(hs[0] is None)
+    first, z = int(hs[0] is None), torch.stack(zs, 2)
     return Swarm(
         Along(tree_stack(hs[first:], 2) if len(hs) > first else None, tree_stack(ss, 2), first),
-        torch.stack(zs, 2),
-        None if context is None else dist.stack(laws, 2),
+        z,
+        None if context is None else dist.log_prob(dist.stack(laws, 2), z),
         torch.stack(ancestors, 2),
         torch.stack(resampled, 1),
         context,
     )
+
+
+# --------------------------------------------------------------------------------- unrolled models
+
+
+class _Pilot:
+    """Steers the particles of a model that unrolls itself; those of a series stand together."""
+
+    def __init__(
+        self, model: StateSpaceModel, batch: Batch, how: Steering, generator: torch.Generator
+    ) -> None:
+        self.model, self.how, self.generator = model, how, generator
+        count, steps = how.n_particles, batch.n_steps
+        ragged = Ragged.of(batch.lengths.repeat_interleave(count), steps)
+        # Series from the longest to the shortest, and how many of them reach each step.
+        self.order = ragged.order[::count] // count
+        self.sizes = [size // count for size in ragged.sizes]
+        place = ragged.place // (count * steps) * steps + ragged.place % steps
+        arrays = (batch.inputs_all().values, batch.x, *([] if batch.complete else [batch.mask]))
+        self.data = [x.flatten(0, 1).index_select(0, place).split(ragged.sizes) for x in arrays]
+        self.t = batch.inputs_all().t.unbind()
+        self.log_weights = batch.x.new_zeros((len(batch.x), count), dtype=torch.float64)
+        own = torch.arange(count, device=place.device)
+        self.ancestors = own.repeat(steps, len(self.order), 1)
+        self.resampled = torch.zeros_like(batch.valid.t())
+        self.first = count * torch.arange(len(self.order), device=place.device)[:, None]
+
+    def __call__(
+        self, t: int, rows: Int[Tensor, "rows"], h: Any, s: Any, z: Tensor, log_q: Tensor
+    ) -> Int[Tensor, "later"] | None:
+        """Weigh the particles of step t, and let them choose their ancestors."""
+        values, x, *mask = (part[t] for part in self.data)
+        u, later = Inputs(values, self.t[t]), self.sizes[t + 1]
+        emission = dist.expand(self.model.emission(s, u), (len(z),), x.shape[1])
+        log_w = dist.log_prob(emission, x, *mask).double()
+        log_w += self.how.beta * (_log_prior(self.model, h, u, z) - log_q)
+        weighed = weigh(self.log_weights + log_w.view(-1, self.how.n_particles))
+        self.log_weights = weighed.log_weights[:later]
+        done = self.how.resample(self.log_weights, weighed.ess[:later], self.generator)
+        if done is None:
+            return None
+        (ancestors, self.log_weights, _), self.resampled[t + 1, :later] = done
+        self.ancestors[t + 1, :later] = ancestors
+        return (ancestors + self.first[:later]).flatten()
+
+    def chosen(self) -> tuple[Int[Tensor, "series particle time"], Bool[Tensor, "series time"]]:
+        """Ancestors of all steps, and which series were resampled."""
+        place = torch.argsort(self.order)
+        return self.ancestors[:, place].permute(1, 2, 0), self.resampled[:, place].t()
+
+
+def _steered(
+    model: StateSpaceModel,
+    batch: Batch,
+    how: Steering,
+    generator: torch.Generator,
+    given: tuple[Any, Tensor | None],
+) -> Swarm | None:
+    """The particles of a model that unrolls itself, out of its embedding and context."""
+    shape = (batch.n_series, how.n_particles)
+    pilot = _Pilot(model, batch, how, generator)
+    start = model.start((shape[0] * shape[1],))
+    whole = (start, *given, batch.inputs_all())
+    trace = unrolled(model, batch.lengths, generator, whole, pilot)
+    if trace is None:
+        return None
+    h, s, z, log_q = (
+        tree_map(lambda leaf: leaf.unflatten(0, shape), tree)
+        for tree in (trace.h, trace.s, trace.z, trace.log_q)
+    )
+    return Swarm(Along(h, s, 0), z, log_q, *pilot.chosen(), given[1])
 
 
 def increments(

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import deferred
-from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
+from seqdgm.types import Batch, Inputs, Steer, tree_map, tree_stack, tree_unbind
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -37,6 +37,8 @@ class Trace(NamedTuple):
         Encoded data that the proposals read.
     x : Tensor or None
         Observations with the missing ones drawn, where the model fed those back.
+    log_q : Tensor or None
+        Log-densities of the draws of steered paths.
     """
 
     h: Any
@@ -46,6 +48,7 @@ class Trace(NamedTuple):
     proposals: list[Distribution] | Distribution
     context: Tensor | None = None
     x: Tensor | None = None
+    log_q: Tensor | None = None
 
     def proposal(self, steps: slice) -> Distribution:
         """What z was drawn from at some steps; all of them, where the model unrolled itself."""
@@ -139,21 +142,25 @@ def fed(
     return model.embed(previous(batch, piece)) if backbone is None else backbone
 
 
-def _unrolled(
+def unrolled(
     model: StateSpaceModel,
-    batch: Batch,
+    lengths: Int[Tensor, "series"],
     generator: torch.Generator,
-    given: tuple[Any, Tensor | None, Tensor, Inputs],
+    given: tuple[Any, Any, Tensor | None, Inputs],
+    steer: Steer | None = None,
 ) -> Trace | None:
     """The trace of a model that unrolls itself, out of its state, embedding, context and inputs."""
+    s, x, context, known = given
     # Autocasting works operation by operation, which there are none of.
-    if torch.is_autocast_enabled(batch.x.device.type):
+    if context is None or torch.is_autocast_enabled(context.device.type):
         return None
-    found = model.unroll(*given, batch.lengths, generator)
+    if model.feedback and x is None:
+        return None
+    found = model.unroll(s, x, context, known, lengths, generator, steer)
     if found is None:
         return None
     s = model.absorb(found.h, found.z)
-    return Trace(found.h, found.z, s, 0, found.proposal, given[2])
+    return Trace(found.h, found.z, s, 0, found.proposal, context, log_q=found.log_q)
 
 
 def _loop(
@@ -175,10 +182,9 @@ def _loop(
     s = model.start((n,)) if piece is None else piece.s
     x = torch.zeros_like(batch.x[:, 0]) if piece is None else piece.x
     known = batch.inputs_all()
-    if context is not None and (over_time is not None or not model.feedback):
-        whole = _unrolled(model, batch, generator, (s, over_time, context, known))
-        if whole is not None:
-            return whole
+    whole = unrolled(model, batch.lengths, generator, (s, over_time, context, known))
+    if whole is not None:
+        return whole
     hs, zs, ss, xs, proposals = [], [], [], [], []
     steps = zip(known.values.unbind(1), known.t.unbind(), strict=True)
     summaries = None if context is None else context.unbind(1)

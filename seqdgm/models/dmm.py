@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn import GatedTransition, GaussianProposal
 from seqdgm.nn.recurrent import Kind
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 
 class State(NamedTuple):
@@ -215,8 +215,11 @@ class DMM(DeepModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
-    ) -> Unrolled:
+        steer: Steer | None = None,
+    ) -> Unrolled | None:
         """All steps of the combiner at once."""
+        if steer is not None:
+            return None
         proposal, z = self.combiner.unroll(c, s, lengths, generator)
         before = torch.cat([s[:, None], z[:, :-1]], 1)
         return Unrolled(self.advance(before, x, u), z, proposal)

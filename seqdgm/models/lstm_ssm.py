@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.gates import GatedCell, GaussianLayer, Networks
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 Cell = tuple[Tensor, ...]
 
@@ -197,11 +197,18 @@ class LSTMSSM(DeepModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
+        steer: Steer | None = None,
     ) -> Unrolled:
         """The cell and the inference network at once."""
         of_z, of_known = self.gates.weight.tensor_split([self.latent_dim], 1)
         given = F.linear(self.known(u), of_known, self.gates.bias)
         networks = Networks(self.proposal_memory, self.proposal_law, of_z)
         lead = F.linear(s.z, of_z)
-        h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
-        return Unrolled(h, z, law)
+
+        def chosen(t: int, rows: Tensor, h: Cell, read: Tensor, *drawn: Tensor) -> Tensor | None:
+            assert steer is not None
+            return steer(t, rows, h, State(h, read), *drawn)
+
+        return self.recurrence.unroll(
+            s.cell, lead, given, c, networks, lengths, generator, None if steer is None else chosen
+        )

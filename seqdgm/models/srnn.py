@@ -18,7 +18,7 @@ from seqdgm.nn.fused_chain import draw_chain
 from seqdgm.nn.gates import GaussianLayer
 from seqdgm.nn.ragged import Ragged
 from seqdgm.nn.recurrent import Kind
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 
 class Chain(NamedTuple):
@@ -243,8 +243,11 @@ class SRNN(DeepModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
-    ) -> Unrolled:
+        steer: Steer | None = None,
+    ) -> Unrolled | None:
         """All steps of z at once: the hidden layers of prior and inference network as one."""
+        if steer is not None:
+            return None
         ragged, prior, found = Ragged.of(lengths, c.shape[1]), self.prior_law.out, self.proposal_law
         width = self.hidden_dim
         d, both = c.split([width, width + self.encoder_dim], -1)

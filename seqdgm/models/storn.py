@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Normal
 
 from seqdgm.models._deep import DeepModel
 from seqdgm.nn import GaussianProposal, RecurrentCell, distributions
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 
 class Memory(NamedTuple):
@@ -204,8 +204,11 @@ class STORN(DeepModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
-    ) -> Unrolled:
+        steer: Steer | None = None,
+    ) -> Unrolled | None:
         """All draws, then all steps of the cell."""
+        if steer is not None:
+            return None
         assert x is not None
         proposal = self.law(c)
         z = distributions.sample(proposal, generator, reparameterised=True)

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from seqdgm.models._deep import DeepModel, two_layers
 from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.gates import GatedCell, GaussianLayer, Networks
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 Cell = tuple[Tensor, ...]
 
@@ -214,6 +214,7 @@ class VRNN(DeepModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
+        steer: Steer | None = None,
     ) -> Unrolled:
         """The cell, the inference network and the features of z at once."""
         assert x is not None
@@ -221,5 +222,11 @@ class VRNN(DeepModel):
         assert isinstance(features, nn.Linear)
         networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight, features)
         lead, given = self.gates_z(s.features), self._given(x, u)
-        h, z, law = self.recurrence.unroll(s.cell, lead, given, c, networks, lengths, generator)
-        return Unrolled(h, z, law)
+
+        def chosen(t: int, rows: Tensor, h: Cell, read: Tensor, *drawn: Tensor) -> Tensor | None:
+            assert steer is not None
+            return steer(t, rows, h, State(h, read), *drawn)
+
+        return self.recurrence.unroll(
+            s.cell, lead, given, c, networks, lengths, generator, None if steer is None else chosen
+        )

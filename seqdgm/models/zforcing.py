@@ -14,7 +14,7 @@ from seqdgm.models._deep import DeepModel
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import LoopLinear
 from seqdgm.nn.gates import GatedCell, GaussianLayer, Networks
-from seqdgm.types import Batch, Inputs, Unrolled
+from seqdgm.types import Batch, Inputs, Steer, Unrolled
 
 Cell = tuple[Tensor, ...]
 
@@ -221,14 +221,25 @@ class ZForcing(DeepModel):
         u: Inputs,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
+        steer: Steer | None = None,
     ) -> Unrolled:
         """The cell and the inference network at once."""
         assert x is not None
-        h = self.advance(s, x, u)
+        h, copies = self.advance(s, x, u), len(s[0]) // len(c)
         networks = Networks(self.proposal_memory, self.proposal_law, self.gates_z.weight)
         read = c[..., self.encoder.context_dim :]
-        cell, z, law = self.recurrence.unroll(s, None, h.gates, read, networks, lengths, generator)
-        return Unrolled(h._replace(cell=cell), z, law)
+
+        def chosen(t: int, rows: Tensor, cell: Cell, z: Tensor, *drawn: Tensor) -> Tensor | None:
+            assert steer is not None
+            given = (x[:, t].index_select(0, rows // copies) for x in (h.gates, h.hidden))
+            here = Memory(cell, *given)
+            return steer(t, rows, here, self.absorb(here, z), *drawn)
+
+        found = self.recurrence.unroll(
+            s, None, h.gates, read, networks, lengths, generator, None if steer is None else chosen
+        )
+        given = (x[:, None].expand(-1, copies, -1, -1).flatten(0, 1) for x in (h.gates, h.hidden))
+        return found._replace(h=Memory(found.h, *given))
 
     def auxiliary(self, h: Memory, z: Tensor, c: Tensor, u: Inputs) -> Float[Tensor, "*batch"]:
         """Weighted log-density of the summaries given z, without a gradient to the summaries."""

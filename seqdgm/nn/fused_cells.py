@@ -29,7 +29,8 @@ class Ahead(ABC):
     Attributes
     ----------
     gates : Tensor of shape (rows, gates)
-        The inputs' share; each step overwrites its own, and what is added to it before counts.
+        The inputs' share, given as such or with an axis of rows that have it in common; each step
+        overwrites its own, and what is added to it before counts.
     kept : tuple of Tensor
         What `Back` reads; the parts of the state come first, of all steps.
     """
@@ -38,7 +39,7 @@ class Ahead(ABC):
     kept: tuple[Tensor, ...]
 
     def __init__(self, given: Tensor, weight: Tensor, bias: Tensor | None, ragged: Ragged) -> None:
-        self.gates = given.clone() if bias is None else given + bias
+        self.gates = (given.clone() if bias is None else given + bias).flatten(0, -2)
         # Products are fastest with the weights as (in, out).
         self.weight = weight.t().contiguous()
 
@@ -150,13 +151,13 @@ class _GRUAhead(Ahead):
 
     def __init__(self, given: Tensor, weight: Tensor, bias: Tensor | None, ragged: Ragged) -> None:
         width = weight.shape[1]
-        self.gates = given.clone()
+        self.gates = given.clone().flatten(0, -2)
         self.bias = given.new_zeros(width) if bias is None else bias[2 * width :]
         if bias is not None:
             self.gates[:, : 2 * width] += bias[: 2 * width]
         self.for_both = weight[: 2 * width].t().contiguous()
         self.for_new = weight[2 * width :].t().contiguous()
-        h, share = (given.new_empty(len(given), width) for _ in range(2))
+        h, share = (given.new_empty(len(self.gates), width) for _ in range(2))
         self.kept = (h, self.gates, share)
         both, new = self.gates.split([2 * width, width], 1)
         reset, keep = both.split(width, 1)
@@ -217,7 +218,7 @@ class _LSTMAhead(Ahead):
     def __init__(self, given: Tensor, weight: Tensor, bias: Tensor | None, ragged: Ragged) -> None:
         super().__init__(given, weight, bias, ragged)
         width = weight.shape[1]
-        h, c, squashed = (given.new_empty(len(given), width) for _ in range(3))
+        h, c, squashed = (given.new_empty(len(self.gates), width) for _ in range(3))
         self.kept = (h, c, self.gates, squashed)
         both, new, out = self.gates.split([2 * width, width, width], 1)
         enter, forget = both.split(width, 1)

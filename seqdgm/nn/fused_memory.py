@@ -10,10 +10,14 @@ r"""Gaussian states drawn given a gated memory that reads them, along whole seri
 What the cell and the inference network read besides, g and c, is computed before; priors and
 emissions follow after. The gradients of all weights are one product each over (series x time),
 after the loop.
+
+Rows can be particles, of which some go on more than once and some not at all: whoever steers them
+chooses after each step, and the gradients of a row's descendants add up on the way back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqdgm.nn.fused_cells import AHEAD, BACK, State, steps_of
+from seqdgm.nn.gaussians import HALF_LOG_2PI
 from seqdgm.nn.ragged import Ragged
+from seqdgm.types import Steer
 
 
 class Weights(NamedTuple):
@@ -49,22 +55,24 @@ class Path(NamedTuple):
 
 def draw_with_memory(
     kind: str,
-    c: Float[Tensor, "rows encoder"],
-    given: Float[Tensor, "later gates"],
+    c: Float[Tensor, "shared encoder"],
+    given: Float[Tensor, "shared_later gates"],
     first: State,
     noise: Float[Tensor, "rows latent"],
     weights: Weights,
     ragged: Ragged,
     min_scale: float,
+    steer: Steer | None = None,
 ) -> Path:
     """Laws and draws of all steps, and the memory.
 
     Parameters
     ----------
     kind : {"lstm", "gru"}
-    c : Tensor of shape (rows, encoder)
-        The hidden layer's pre-activations, but for the memory.
-    given : Tensor of shape (later rows, gates)
+    c : Tensor of shape (rows / copies, encoder)
+        The hidden layer's pre-activations, but for the memory; each for as many rows in turn as
+        there are rows of noise to it.
+    given : Tensor of shape (later rows / copies, gates)
         What the gates that lead to the memory of each step but the first read besides.
     first : tuple of Tensor of shape (series, hidden)
         Memory at the first step, the longest series first: `(h,)`, or `(h, c)` of an LSTM.
@@ -74,6 +82,9 @@ def draw_with_memory(
     ragged : Ragged
     min_scale : float
         Floor of the scale.
+    steer : callable, optional
+        Chooses after each step whom the rows go on from, without a gradient; as a row's state it is
+        given what the gates read of the draw, f.
 
     Examples
     --------
@@ -87,9 +98,17 @@ def draw_with_memory(
     tensor([[2.],
             [2.]])
     """
-    how = (kind, ragged, min_scale, len(first))
+    how = (kind, ragged, min_scale, len(first), steer)
     found = _Memory.apply(how, c, given, noise, *first, *weights)
     return Path(found[0], found[1], found[2], found[3:])
+
+
+def log_density(
+    scale: Float[Tensor, "rows latent"], noise: Float[Tensor, "rows latent"]
+) -> Float[Tensor, "rows"]:
+    """Log-density of draws made with this noise: as the location moves, it does not change."""
+    elements = torch.addcmul(scale.log(), noise, noise, value=0.5)
+    return -HALF_LOG_2PI * scale.shape[1] - elements.sum(1)
 
 
 def _later(ragged: Ragged) -> Ragged:
@@ -99,46 +118,95 @@ def _later(ragged: Ragged) -> Ragged:
     return ragged._replace(sizes=ragged.sizes[1:], place=ragged.place[n:], before=before)
 
 
+def _descended(ragged: Ragged, chosen: Sequence[Tensor | None]) -> Ragged:
+    """The same, with each row's ancestor as the row before it."""
+    if all(ancestors is None for ancestors in chosen):
+        return ragged
+    blocks = zip(ragged.before.split(ragged.sizes[1:]), chosen, strict=True)
+    # The rows of a step stand together, the first of them first.
+    before = [own if ancestors is None else own[0] + ancestors for own, ancestors in blocks]
+    return ragged._replace(before=torch.cat(before))
+
+
+def _each(x: Float[Tensor, "shared dim"], copies: int) -> Float[Tensor, "shared copies dim"]:
+    """Without a copy."""
+    return x[:, None].expand(-1, copies, -1)
+
+
+def _gathered(state: State, ancestors: Tensor | None) -> State:
+    """What the rows of the next step hold."""
+    if ancestors is None:
+        return state
+    return tuple(part.index_select(0, ancestors) for part in state)
+
+
+def _heirs(totals: State, count: int, ancestors: Tensor | None) -> State:
+    """Where the rows of the next step add their gradients for what they hold."""
+    if ancestors is None:
+        return tuple(total[:count] for total in totals)
+    return tuple(total.new_zeros(count, total.shape[1]) for total in totals)
+
+
+def _add_up(totals: State, heirs: State, ancestors: Tensor | None) -> None:
+    """Add the gradients of all descendants of each row."""
+    if ancestors is not None:
+        for total, part in zip(totals, heirs, strict=True):
+            total.index_add_(0, ancestors, part)
+
+
+def _over_copies(x: Float[Tensor, "rows dim"], copies: int) -> Float[Tensor, "shared dim"]:
+    return x if copies == 1 else x.unflatten(0, (-1, copies)).sum(1)
+
+
 class _Memory(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[str, Ragged, float, int],
+        how: tuple[str, Ragged, float, int, Steer | None],
         c: Tensor,
         given: Tensor,
         noise: Tensor,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        kind, ragged, min_scale, n_parts = how
+        kind, ragged, min_scale, n_parts, steer = how
         first, w = tensors[:n_parts], Weights(*tensors[n_parts:])
-        cell = AHEAD[kind](given, w.recurrent, w.recurrent_bias, _later(ragged))
+        copies = len(noise) // len(c)
+        cell = AHEAD[kind](_each(given, copies), w.recurrent, w.recurrent_bias, _later(ragged))
         # Products are fastest with the weights as (in, out).
         p, v, r = (x.t().contiguous() for x in (w.memory, w.out, w.gates))
         f = None if w.features is None else w.features.t().contiguous()
-        a, out = torch.empty_like(c), c.new_empty(len(c), 2 * noise.shape[1])
+        a, out = _each(c, copies).clone().flatten(0, 1), c.new_empty(len(noise), len(w.out))
         scale, z = torch.empty_like(noise), torch.empty_like(noise)
-        read = z if f is None else c.new_empty(len(c), f.shape[1])
+        read = z if f is None else c.new_empty(len(a), f.shape[1])
         loc, raw = out.chunk(2, 1)
         state, gates = first, cell.gates.split(ragged.sizes[1:])
-        rows = steps_of(ragged, c, a, out, loc, raw, scale, noise, z, read)
-        for t, (c_t, a_t, out_t, loc_t, raw_t, scale_t, noise_t, z_t, read_t) in enumerate(rows):
-            torch.addmm(c_t, state[0][: len(c_t)], p, out=a_t).relu_()
+        chosen: list[Tensor | None] = [None] * len(gates)
+        rows = steps_of(ragged, a, out, loc, raw, scale, noise, z, read)
+        for t, (a_t, out_t, loc_t, raw_t, scale_t, noise_t, z_t, read_t) in enumerate(rows):
+            a_t.addmm_(state[0][: len(a_t)], p).relu_()
             torch.addmm(w.out_bias, a_t, v, out=out_t)
             torch.ops.aten.softplus.out(raw_t, out=scale_t).add_(min_scale)
             torch.addcmul(loc_t, scale_t, noise_t, out=z_t)
             if f is not None and w.features_bias is not None:
                 torch.addmm(w.features_bias, z_t, f, out=read_t).relu_()
             if t < len(gates):
+                if steer is not None:
+                    h_t = tuple(part[: len(a_t)] for part in state)
+                    log_q = log_density(scale_t, noise_t)
+                    chosen[t] = steer(t, ragged.order[: len(a_t)], h_t, read_t, z_t, log_q)
+                    *parts, read_t = _gathered((*state, read_t), chosen[t])
+                    state = tuple(parts)
                 gates[t].addmm_(read_t[: len(gates[t])], r)
                 state = cell.ahead(t, state)
         n = ragged.sizes[0]
-        memory = [
+        memories = [
             torch.cat([start[:n], part]) for start, part in zip(first, cell.kept, strict=False)
         ]
-        kept = (noise, a, out, z, read, memory[0])
+        kept = (noise, a, out, z, read, memories[0])
         ctx.save_for_backward(*kept, *first, *w, *cell.kept)
-        ctx.kind, ctx.ragged, ctx.n_parts = kind, ragged, n_parts
-        return loc.contiguous(), scale, z, *memory
+        ctx.kind, ctx.ragged, ctx.n_parts = kind, _descended(ragged, chosen), n_parts
+        ctx.chosen, ctx.copies = chosen, copies
+        return loc.contiguous(), scale, z, *memories
 
     @staticmethod
     @once_differentiable
@@ -147,10 +215,11 @@ class _Memory(torch.autograd.Function):
         ragged, n_parts, n = ctx.ragged, ctx.n_parts, ctx.ragged.sizes[0]
         first, kept = tuple(others[:n_parts]), tuple(others[n_parts + len(Weights._fields) :])
         w = Weights(*others[n_parts : n_parts + len(Weights._fields)])
-        for_loc, for_scale, for_z, *for_memory = gradients
+        for_loc, for_scale, for_draw, *for_memory = gradients
         # Gradients for what each step returns, from its outputs and from the steps after it.
-        total, total_z = tuple(x.clone() for x in for_memory), for_z.clone()
-        cell = BACK[ctx.kind](tuple(x[n:] for x in total), w.recurrent, _later(ragged), first, kept)
+        total, total_z = tuple(x.clone() for x in for_memory), for_draw.clone()
+        start = _gathered(first, ctx.chosen[0]) if ctx.chosen else first
+        cell = BACK[ctx.kind](tuple(x[n:] for x in total), w.recurrent, _later(ragged), start, kept)
         slope = torch.sigmoid(out.chunk(2, 1)[1])
         for_out = torch.cat([for_loc, for_scale * slope], 1)
         spread = slope.mul_(noise)  # how a draw moves with the raw scale
@@ -166,14 +235,15 @@ class _Memory(torch.autograd.Function):
             total_t, out_t, loc_t, raw_t, spread_t, c_t, a_t, *state_t = rows[t]
             if t < len(later):
                 given, seen_t, read_t = later[t]
-                m = len(given)
-                cell.back(t, tuple(x[:m] for x in state_t))
+                before = _heirs((*state_t, total_t), len(given), ctx.chosen[t])
+                cell.back(t, before[:-1])
                 if w.features is None:
-                    total_t[:m].addmm_(given, w.gates)
+                    before[-1].addmm_(given, w.gates)
                 else:
                     torch.mm(given, w.gates, out=read_t)
                     relu_back(read_t, seen_t, 0.0, grad_input=read_t)
-                    total_t[:m].addmm_(read_t, w.features)
+                    before[-1].addmm_(read_t, w.features)
+                _add_up((*state_t, total_t), before, ctx.chosen[t])
             loc_t.add_(total_t)
             raw_t.addcmul_(total_t, spread_t)
             relu_back(torch.mm(out_t, w.out, out=c_t), a_t, 0.0, grad_input=c_t)
@@ -192,4 +262,5 @@ class _Memory(torch.autograd.Function):
             None if w.features is None else for_seen.t() @ z.index_select(0, ragged.before),
             None if w.features is None else for_seen.sum(0),
         )
-        return None, for_c, cell.given, None, *for_first, *found
+        shared = (_over_copies(x, ctx.copies) for x in (for_c, cell.given))
+        return None, *shared, None, *for_first, *found

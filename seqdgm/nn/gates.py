@@ -12,8 +12,9 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from seqdgm.nn.deferred import LoopLinear
-from seqdgm.nn.fused_memory import Weights, draw_with_memory
+from seqdgm.nn.fused_memory import Weights, draw_with_memory, log_density
 from seqdgm.nn.ragged import Ragged
+from seqdgm.types import Steer, Unrolled
 
 
 class Networks(NamedTuple):
@@ -111,23 +112,25 @@ class GatedCell(nn.Module):
     def unroll(
         self,
         start: tuple[Tensor, ...],
-        lead: Float[Tensor, "series gates"] | None,
+        lead: Float[Tensor, "paths gates"] | None,
         given: Float[Tensor, "series time gates"],
         c: Float[Tensor, "series time hidden"],
         networks: Networks,
         lengths: Int[Tensor, "series"],
         generator: torch.Generator,
-    ) -> tuple[tuple[Tensor, ...], Float[Tensor, "series time latent"], Normal]:
+        steer: Steer | None = None,
+    ) -> Unrolled:
         """Memories that the states of all steps are drawn given, these states, and their laws.
 
-        The same numbers as step by step, in one hand-fused loop (`seqdgm.nn.fused_memory`). Beyond
+        One path for each series, or as many as it has places in `start`, next to each other. The
+        same numbers as step by step, in one hand-fused loop (`seqdgm.nn.fused_memory`). Beyond
         a series' end the laws are standard normal, and memories and draws 0.
 
         Parameters
         ----------
-        start : tuple of Tensor of shape (series, hidden)
+        start : tuple of Tensor of shape (paths, hidden)
             Memory before the first step.
-        lead : Tensor of shape (series, gates), optional
+        lead : Tensor of shape (paths, gates), optional
             Share of the state before the first step in the gates of that step. Without one, the
             cell reads each step's state at the same step, after it was drawn.
         given : Tensor of shape (series, time, gates)
@@ -138,18 +141,25 @@ class GatedCell(nn.Module):
         lengths : Tensor of int, shape (series,)
             Number of steps of each series.
         generator : torch.Generator
+        steer : callable, optional
+            Chooses after each step whom the paths go on from; as the state of a path it is given
+            what the gates read of the draw.
         """
-        ragged, (memory, law, gates, features) = Ragged.of(lengths, c.shape[1]), networks
-        first, rows = tuple(part[ragged.order] for part in start), ragged.pack(given)
+        memory, law, gates, features = networks
+        shared, copies = Ragged.of(lengths, c.shape[1]), len(start[0]) // len(c)
+        ragged = shared
+        if copies > 1:
+            ragged = Ragged.of(lengths.repeat_interleave(copies), c.shape[1])
+        first, rows = tuple(part[ragged.order] for part in start), shared.pack(given)
         if lead is None:
-            later = rows.index_select(0, ragged.before)
+            later = rows.index_select(0, shared.before)
         else:
-            n = ragged.sizes[0]
+            n = shared.sizes[0]
             at_first, later = rows.split([n, len(rows) - n])
-            lead = lead[ragged.order][:n] + at_first
-            first = self(lead, tuple(part[:n] for part in first))
+            lead = lead[ragged.order][: n * copies] + at_first.repeat_interleave(copies, 0)
+            first = self(lead, tuple(part[: n * copies] for part in first))
         noise = torch.randn(
-            (len(rows), law.out.out_features // 2),
+            (len(ragged.place), law.out.out_features // 2),
             generator=generator,
             dtype=c.dtype,
             device=c.device,
@@ -160,11 +170,15 @@ class GatedCell(nn.Module):
             memory.weight, out.weight, out.bias, gates, own.weight, own.bias, *of_features
         )
         path = draw_with_memory(
-            self.kind, ragged.pack(c), later, first, noise, weights, ragged, law.min_scale
+            self.kind, shared.pack(c), later, first, noise, weights, ragged, law.min_scale, steer
         )
         loc, scale = ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0)
         states = tuple(ragged.unpack(part) for part in path.memory)
-        return states, ragged.unpack(path.z), Normal(loc, scale, validate_args=False)
+        log_q = None
+        if steer is not None:
+            log_q = ragged.unpack(log_density(path.scale, noise)[:, None])[..., 0]
+        law_of_all = Normal(loc, scale, validate_args=False)
+        return Unrolled(states, ragged.unpack(path.z), law_of_all, log_q)
 
 
 class GaussianLayer(nn.Module):
