@@ -203,7 +203,9 @@ class BidirectionalEncoder(Encoder):
 
 
 class MeanFieldEncoder(Encoder):
-    """Network of one hidden layer without memory: c_t summarises x_t alone.
+    """Rectified layer without memory: c_t summarises x_t alone.
+
+    A layer more is the proposal's own, which reads the summary beside the state.
 
     Parameters
     ----------
@@ -230,10 +232,7 @@ class MeanFieldEncoder(Encoder):
     ) -> None:
         super().__init__(input_dim, mask_dim, inputs_dim, hidden_dim, dropout, layer_norm)
         self.net = nn.Sequential(
-            nn.Linear(self.read_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.Tanh(),
+            nn.Linear(self.read_dim, hidden_dim), nn.ReLU(inplace=True)
         )
 
     def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
