@@ -231,9 +231,7 @@ class MeanFieldEncoder(Encoder):
         layer_norm: bool = False,
     ) -> None:
         super().__init__(input_dim, mask_dim, inputs_dim, hidden_dim, dropout, layer_norm)
-        self.net = nn.Sequential(
-            nn.Linear(self.read_dim, hidden_dim), nn.ReLU(inplace=True)
-        )
+        self.net = nn.Sequential(nn.Linear(self.read_dim, hidden_dim), nn.ReLU(inplace=True))
 
     def _summarise(self, read: list[Tensor], lengths: Tensor) -> Tensor:
         return self.net(torch.cat(read, -1))

@@ -109,9 +109,14 @@ class GRUBack:
         # The gradient of n for the recurrent share and for the inputs', which differ by r, are side
         # by side, so that those of each stand together.
         turned = total.new_empty(len(total), 4 * width)
-        self.own, self.given = turned[:, : 3 * width], turned.split([2 * width, width, width], 1)[::2]
+        self.own, self.given = (
+            turned[:, : 3 * width],
+            turned.split([2 * width, width, width], 1)[::2],
+        )
         self.arrays = tuple(x.numpy() for x in (total, gates, share, turned))
-        self.later, self.first = ((x.numpy(), y.numpy()) for x, y in ((h, total), (start, self.start)))
+        self.later, self.first = (
+            (x.numpy(), y.numpy()) for x, y in ((h, total), (start, self.start))
+        )
 
     def run(self) -> None:
         """Turn all steps, the last first."""
