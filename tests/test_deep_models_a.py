@@ -169,7 +169,7 @@ def plain_srnn(m: SRNN, x: Tensor, u: Tensor, z: Tensor, c: Tensor):
     cell.load_state_dict({n: getattr(m.chain.rnn, f"{n}_l0") for n in names})
     d = m.chain.start[0].expand(len(x), -1)
     before, z_before = torch.zeros_like(x[:, 0]), m.z0.expand(len(x), -1)
-    for_prior, for_q = m.read_state.weight.split([m.hidden_dim, m.encoder_dim])
+    for_prior, for_q = m.read_state.weight.chunk(2)
     for t in range(x.shape[1]):
         d = cell(torch.cat([before, u[:, t]], 1), d)
         joined = torch.cat([m.prior_chain.weight, for_prior], 1)

@@ -22,6 +22,7 @@ from seqdgm.nn import GaussianProposal, RecurrentCell
 from seqdgm.nn.fused_combiner import Weights, combine, combine_step_by_step
 from seqdgm.nn.fused_memory import Weights as MemoryWeights
 from seqdgm.nn.fused_memory import draw_with_memory
+from seqdgm.nn.fused_recurrence import Weights as LayerWeights
 from seqdgm.nn.fused_recurrence import recur
 from seqdgm.nn.ragged import Ragged
 from seqdgm.nn.recurrent import KINDS
@@ -123,12 +124,11 @@ def test_a_step_of_a_cell_continues_its_run(kind: str) -> None:
 def test_recurrent_layers_have_second_derivatives(kind: str) -> None:
     width, gates = 2, {"gru": 6, "lstm": 8}.get(kind, 2)
     ragged = Ragged.of(torch.tensor([1, 3]), 3)
-    tensors = leaves(torch.float64, (4, gates), (gates, width), (gates,), (2, width), (2, width))
-    if kind != "lstm":
-        tensors.pop()
+    shapes = [(gates, 3), (gates, width), (gates,), (gates,), (4, 1), (4, 2), (2, width)]
+    tensors = leaves(torch.float64, *shapes, *shapes[-1:] * (kind == "lstm"))
 
-    def layer(given: Tensor, weight: Tensor, bias: Tensor, *start: Tensor) -> Tensor:
-        return recur(kind, given, start, weight, bias, ragged)
+    def layer(*given: Tensor) -> Tensor:
+        return recur(kind, given[4:6], given[6:], LayerWeights(*given[:4]), ragged)
 
     assert torch.autograd.gradcheck(layer, tensors)
     assert torch.autograd.gradgradcheck(layer, tensors)

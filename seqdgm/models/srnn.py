@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
     d: Float[Tensor, "*batch hidden"]
     hidden: Float[Tensor, "*batch hidden"]
-    state: Float[Tensor, "*batch encoder"] | None
+    state: Float[Tensor, "*batch hidden"] | None
 
 
 class SRNN(DeepModel):
@@ -73,9 +73,10 @@ class SRNN(DeepModel):
     latent_dim : int
         Width of z.
     hidden_dim : int
-        Units of the chain and of the hidden layers of the prior and the emission.
+        Units of the chain and of the hidden layers, as well those of the prior and the emission as
+        that of the inference network.
     encoder_dim : int
-        Units of the inference network.
+        Units of the inference network's chain :math:`a_t`.
     emission : str
         Observation model; see `RNN`.
     encoder_cell : {"gru", "lstm", "tanh", "relu"}
@@ -174,14 +175,14 @@ class SRNN(DeepModel):
         self.chain = RecurrentCell("gru", self.head.encoded_dim + known_dim, width)
         self.prior_chain = nn.Linear(width, width)
         # One product feeds the hidden layers of the prior and of the inference network.
-        self.read_state = LoopLinear(self.latent_dim, width + self.encoder_dim, bias=False)
+        self.read_state = LoopLinear(self.latent_dim, 2 * width, bias=False)
         self.prior_law = GaussianLayer(width, self.latent_dim)
         self.emission_hidden = two_layers(width + self.latent_dim, width)
         self.encoder = self.make_encoder(
             self.inference_network, self.encoder_dim, obs_dim, known_dim + width, self.encoder_cell
         )
-        self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
-        self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)
+        self.proposal_context = nn.Linear(self.encoder.context_dim, width)
+        self.proposal_law = GaussianLayer(width, self.latent_dim)
 
     def start(self, batch_shape: tuple[int, ...]) -> State:
         """Learned chain and state before the first step."""
@@ -225,14 +226,13 @@ class SRNN(DeepModel):
 
     def backbone(self, c: Float[Tensor, "series time context"]) -> Chain:
         """The chain as it was encoded."""
-        widths = (self.hidden_dim, self.hidden_dim, self.encoder_dim)
-        return Chain(*c.split(widths, -1)[:2])
+        return Chain(*c.chunk(3, -1)[:2])
 
     def proposal(self, h: Memory, c: Tensor, u: Inputs) -> Distribution:
         """Gaussian around the mean of the prior."""
         assert h.state is not None
         prior = self.prior(h, u)
-        found = self.proposal_law(c[..., -self.encoder_dim :] + h.state)
+        found = self.proposal_law(c[..., -self.hidden_dim :] + h.state)
         return Normal(prior.loc + found.loc, found.scale, validate_args=False)
 
     def unroll(
@@ -250,7 +250,7 @@ class SRNN(DeepModel):
             return None
         ragged, prior, found = Ragged.of(lengths, c.shape[1]), self.prior_law.out, self.proposal_law
         width = self.hidden_dim
-        d, both = c.split([width, width + self.encoder_dim], -1)
+        d, both = c.split([width, 2 * width], -1)
         fixed = ragged.pack(both)
         noise = torch.randn(
             (len(fixed), self.latent_dim), generator=generator, dtype=c.dtype, device=c.device

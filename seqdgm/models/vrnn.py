@@ -45,14 +45,15 @@ class VRNN(DeepModel):
     hidden_dim : int
         Units of the recurrent cell.
     encoder_dim : int
-        Units of the inference network.
+        Units of the inference network's hidden layer, and of its recurrent network if it has one.
     emission : str
         Observation model; see `RNN`.
     cell : {"lstm", "gru"}
         The recurrent cell; the paper's is an LSTM.
     feature_dim : int, optional
-        Units of the features and of the hidden layers of the prior and the emission; `hidden_dim`
-        by default.
+        Units of the features, also of those of the present observation that the paper's inference
+        network reads, and of the hidden layers of the prior and the emission; `hidden_dim` by
+        default.
     inference_network : {"mean-field", "filtering", "smoothing", "bidirectional"}
         Which observations the inference network reads besides those in the memory: the present
         one, all up to it, from it on, or all.
@@ -158,9 +159,9 @@ class VRNN(DeepModel):
         self.prior_hidden = nn.Linear(self.hidden_dim, width)
         self.prior_law = GaussianLayer(width, self.latent_dim)
         self.emission_hidden = two_layers(self.hidden_dim + width, width)
-        self.encoder = self.make_encoder(
-            self.inference_network, self.encoder_dim, obs_dim, known_dim
-        )
+        # Without a memory of its own, it has features of x_t, as wide as those of the model.
+        own = width if self.inference_network == "mean-field" else self.encoder_dim
+        self.encoder = self.make_encoder(self.inference_network, own, obs_dim, known_dim)
         self.proposal_context = nn.Linear(self.encoder.context_dim, self.encoder_dim)
         self.proposal_memory = LoopLinear(self.hidden_dim, self.encoder_dim, bias=False)
         self.proposal_law = GaussianLayer(self.encoder_dim, self.latent_dim)

@@ -101,13 +101,13 @@ class Encoder(nn.Module):
         valid = _valid(lengths, x.shape[1])
         mask = mask & valid
         seen = mask.repeat_interleave(self.input_dim // self.mask_dim, -1)
-        parts = [self.thin_read(torch.where(seen, x, 0.0)), mask.to(x.dtype)]
+        parts = [torch.cat([self.thin_read(torch.where(seen, x, 0.0)), mask.to(x.dtype)], -1)]
         if u is not None:
             parts.append(torch.where(valid, u, 0.0))
-        summary = self._summarise(torch.cat(parts, -1), lengths)
+        summary = self._summarise(parts, lengths)
         return torch.where(valid, self.thin_summary(self.norm(summary)), 0.0)
 
-    def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
+    def _summarise(self, read: list[Tensor], lengths: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -145,7 +145,7 @@ class FilteringEncoder(Encoder):
         super().__init__(input_dim, mask_dim, inputs_dim, hidden_dim, dropout, layer_norm)
         self.cell = RecurrentCell(kind, self.read_dim, hidden_dim, layers)
 
-    def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
+    def _summarise(self, read: list[Tensor], lengths: Tensor) -> Tensor:
         return self.cell.run(read, lengths=lengths)
 
 
@@ -164,7 +164,7 @@ class SmoothingEncoder(FilteringEncoder):
     torch.Size([3, 5, 8])
     """
 
-    def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
+    def _summarise(self, read: list[Tensor], lengths: Tensor) -> Tensor:
         return self.cell.run(read, lengths=lengths, backwards=True)
 
 
@@ -197,13 +197,15 @@ class BidirectionalEncoder(Encoder):
         self.ahead = RecurrentCell(kind, self.read_dim, hidden_dim, layers)
         self.back = RecurrentCell(kind, self.read_dim, hidden_dim, layers)
 
-    def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
+    def _summarise(self, read: list[Tensor], lengths: Tensor) -> Tensor:
         back = self.back.run(read, lengths=lengths, backwards=True)
         return torch.cat([self.ahead.run(read, lengths=lengths), back], -1)
 
 
 class MeanFieldEncoder(Encoder):
-    """Network of one hidden layer without memory: c_t summarises x_t alone.
+    """Rectified layer without memory: c_t summarises x_t alone.
+
+    A layer more is the proposal's own, which reads the summary beside the state.
 
     Parameters
     ----------
@@ -229,15 +231,10 @@ class MeanFieldEncoder(Encoder):
         layer_norm: bool = False,
     ) -> None:
         super().__init__(input_dim, mask_dim, inputs_dim, hidden_dim, dropout, layer_norm)
-        self.net = nn.Sequential(
-            nn.Linear(self.read_dim, hidden_dim),
-            nn.ReLU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.Tanh(),
-        )
+        self.net = nn.Sequential(nn.Linear(self.read_dim, hidden_dim), nn.ReLU(inplace=True))
 
-    def _summarise(self, read: Tensor, lengths: Tensor) -> Tensor:
-        return self.net(read)
+    def _summarise(self, read: list[Tensor], lengths: Tensor) -> Tensor:
+        return self.net(torch.cat(read, -1))
 
 
 class GaussianProposal(nn.Module):

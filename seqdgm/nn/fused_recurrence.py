@@ -1,30 +1,40 @@
 r"""Recurrent layers along whole series, differentiated by hand.
 
-A layer is given its inputs' share of the gates, :math:`p_t = W x_t + b`, for all steps at once; the
-loop holds one matrix product with :math:`U h_{t-1}` forwards and one backwards, and no work on
-padding. The gradient of U is computed for all steps together. The cells are those of
-`seqdgm.nn.fused_cells`.
+The inputs' share of the gates, :math:`W x_t + b`, is one product for all steps; the loop holds one
+matrix product with :math:`U h_{t-1}` forwards and one backwards, and no work on padding. The
+gradients of W and U are computed for all steps together, and that of the inputs for those that want
+one. The cells are those of `seqdgm.nn.fused_cells` and `seqdgm.nn.fused_gru`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqdgm.nn.fused_cells import AHEAD, BACK, Back, State, before_each
+from seqdgm.nn.fused_cells import AHEAD, BACK, State, before_each
+from seqdgm.nn.fused_gru import GRUAhead, GRUBack, pays
 from seqdgm.nn.ragged import Ragged
+
+
+class Weights(NamedTuple):
+    """Weights and biases of a layer, in the order of torch's: W, U, b and that of U."""
+
+    inputs: Float[Tensor, "gates inputs"]
+    recurrent: Float[Tensor, "gates hidden"]
+    inputs_bias: Float[Tensor, "gates"]
+    recurrent_bias: Float[Tensor, "gates"]
 
 
 def recur(
     kind: str,
-    given: Float[Tensor, "rows gates"],
+    read: Sequence[Float[Tensor, "rows _"]],
     start: State,
-    weight: Float[Tensor, "gates hidden"],
-    bias: Float[Tensor, "gates"],
+    weights: Weights,
     ragged: Ragged,
 ) -> Float[Tensor, "rows hidden"]:
     """Outputs h of all steps.
@@ -32,31 +42,31 @@ def recur(
     Parameters
     ----------
     kind : {"tanh", "relu", "gru", "lstm"}
-    given : Tensor of shape (rows, gates)
-        The inputs' share of the gates, their bias included.
+    read : sequence of Tensor of shape (rows, features)
+        Inputs, side by side; apart where only some of them have a gradient.
     start : tuple of Tensor of shape (series, hidden)
         State before the first step, the longest series first: `(h,)`, or `(h, c)` of an LSTM.
-    weight, bias : Tensor of shape (gates, hidden) and (gates,)
-        Of the recurrent share.
+    weights : Weights
     ragged : Ragged
     """
-    found: Tensor = _Layer.apply(kind, given, weight, bias, ragged, *start)
+    found: Tensor = _Layer.apply((kind, ragged, len(start)), *weights, *start, *read)
     return found
 
 
 def recur_step_by_step(
     kind: str,
-    given: Float[Tensor, "rows gates"],
+    read: Sequence[Float[Tensor, "rows _"]],
     start: State,
-    weight: Float[Tensor, "gates hidden"],
-    bias: Float[Tensor, "gates"],
+    weights: Weights,
     ragged: Ragged,
 ) -> Float[Tensor, "rows hidden"]:
     """The same as `recur` by automatic differentiation, which second derivatives need."""
+    given = F.linear(_beside(read), weights.inputs, weights.inputs_bias)
     state, outputs = start, []
     for share in given.split(ragged.sizes):
         state = tuple(part[: len(share)] for part in state)
-        state = _cell(kind, share, state, F.linear(state[0], weight, bias))
+        recurrent = F.linear(state[0], weights.recurrent, weights.recurrent_bias)
+        state = _cell(kind, share, state, recurrent)
         outputs.append(state[0])
     return torch.cat(outputs)
 
@@ -75,50 +85,102 @@ def _cell(kind: str, given: Tensor, state: State, recurrent: Tensor) -> State:
     return out.sigmoid() * memory.tanh(), memory
 
 
+def _beside(read: Sequence[Tensor]) -> Tensor:
+    return read[0] if len(read) == 1 else torch.cat(tuple(read), 1)
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kind: str,
-        given: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        ragged: Ragged,
-        *start: Tensor,
-    ) -> Tensor:
-        cell = AHEAD[kind](given, weight, bias, ragged)
+    def forward(ctx: Any, how: tuple[str, Ragged, int], *tensors: Tensor) -> Tensor:
+        kind, ragged, n_start = how
+        w, start, read = Weights(*tensors[:4]), tensors[4 : 4 + n_start], tensors[4 + n_start :]
+        whole, bias = _beside(read), w.recurrent_bias
+        cell: Any
+        if kind == "gru":
+            # The bias within the reset gate's product cannot join that of the inputs.
+            apart = bias[2 * bias.shape[0] // 3 :]
+            joined = w.inputs_bias + F.pad(bias[: -len(apart)], (0, len(apart)))
+            cell = GRUAhead(F.linear(whole, w.inputs, joined), w.recurrent, apart, ragged)
+        else:
+            given = F.linear(whole, w.inputs, w.inputs_bias + bias)
+            cell = AHEAD[kind](given, w.recurrent, None, ragged)
         state: State = start
         for t in range(len(ragged.sizes)):
             state = cell.ahead(t, state)
-        ctx.save_for_backward(given, weight, bias, *start, *cell.kept)
-        ctx.ragged, ctx.n_start, ctx.kind = ragged, len(start), kind
-        return cell.kept[0]
+        ctx.save_for_backward(*tensors, whole, *cell.kept)
+        ctx.how, ctx.n_given = how, len(tensors)
+        h: Tensor = cell.kept[0]
+        return h
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        n = 3 + ctx.n_start
-        given, weight, bias, *start = ctx.saved_tensors[:n]
+        tensors, (whole, *kept) = ctx.saved_tensors[: ctx.n_given], ctx.saved_tensors[ctx.n_given :]
+        kind, ragged, n_start = ctx.how
+        w, start, read = Weights(*tensors[:4]), tensors[4 : 4 + n_start], tensors[4 + n_start :]
         if torch.is_grad_enabled():
-            wanted = [given, weight, bias, *start]
-            outputs = recur_step_by_step(ctx.kind, given, tuple(start), weight, bias, ctx.ragged)
-            needed = [x for x in wanted if x.requires_grad]
+            outputs = recur_step_by_step(kind, read, start, w, ragged)
+            needed = [x for x in tensors if x.requires_grad]
             some = iter(torch.autograd.grad(outputs, needed, gradient, create_graph=True))
-            found = [next(some) if x.requires_grad else None for x in wanted]
-            return (None, *found[:3], None, *found[3:])
-        kept, ragged = ctx.saved_tensors[n:], ctx.ragged
-        total = (gradient.clone(), *(torch.zeros_like(kept[0]) for _ in start[1:]))
-        cell = BACK[ctx.kind](total, weight, ragged, tuple(start), kept)
-        for_start = _turn_to_start(cell, ragged, tuple(start))
-        before = before_each(start[0], kept[0], ragged)
-        return None, cell.given, *cell.weights(before), None, *for_start
+            return None, *(next(some) if x.requires_grad else None for x in tensors)
+        turned = _turn(kind, gradient, w.recurrent, ragged, start, tuple(kept))
+        for_read, column = [], 0
+        for x, wanted in zip(read, ctx.needs_input_grad[-len(read) :], strict=True):
+            columns = slice(column, column + x.shape[1])
+            for_read.append(turned.through(w.inputs[:, columns]) if wanted else None)
+            column = columns.stop
+        for_inputs, for_bias = turned.weights(whole)
+        return None, for_inputs, turned.recurrent, for_bias, turned.bias, *turned.start, *for_read
 
 
-def _turn_to_start(cell: Back, ragged: Ragged, start: State) -> State:
-    """Turn all steps; the gradient for the state before the first."""
-    sizes = ragged.sizes
-    for_start = tuple(torch.zeros_like(x) for x in start)
-    blocks = [x.split(sizes) for x in cell.total]
+class _Turned(NamedTuple):
+    """Gradients.
+
+    Attributes
+    ----------
+    given : tuple of Tensor of shape (rows, some gates)
+        For the inputs' share of the gates, in blocks of gates.
+    recurrent, bias : Tensor of shape (gates, hidden) and (gates,)
+        For the recurrent weight and bias.
+    start : tuple of Tensor of shape (series, hidden)
+        For the state before the first step.
+    """
+
+    given: tuple[Float[Tensor, "rows _"], ...]
+    recurrent: Float[Tensor, "gates hidden"]
+    bias: Float[Tensor, "gates"]
+    start: State
+
+    def weights(self, read: Float[Tensor, "rows inputs"]) -> tuple[Tensor, Tensor]:
+        """Gradients for W and b."""
+        widths = [block.shape[1] for block in self.given]
+        found = read.new_empty(sum(widths), read.shape[1])
+        for block, target in zip(self.given, found.split(widths), strict=True):
+            torch.mm(block.t(), read, out=target)
+        return found, torch.cat([block.sum(0) for block in self.given])
+
+    def through(self, weight: Float[Tensor, "gates features"]) -> Float[Tensor, "rows features"]:
+        """Gradient for what was read with some columns of W."""
+        parts = weight.split([block.shape[1] for block in self.given])
+        found = self.given[0] @ parts[0]
+        for block, part in zip(self.given[1:], parts[1:], strict=True):
+            found.addmm_(block, part)
+        return found
+
+
+def _turn(
+    kind: str, gradient: Tensor, weight: Tensor, ragged: Ragged, start: State, kept: State
+) -> _Turned:
+    """Turn all steps, the last first."""
+    before = before_each(start[0], kept[0], ragged)
+    if kind == "gru" and pays(gradient):
+        gru = GRUBack(gradient.clone(), weight, ragged, start[0], kept)
+        gru.run()
+        return _Turned(gru.given, gru.own.t() @ before, gru.own.sum(0), (gru.start,))
+    total = (gradient.clone(), *(torch.zeros_like(kept[0]) for _ in start[1:]))
+    cell = BACK[kind](total, weight, ragged, start, kept)
+    sizes, for_start = ragged.sizes, tuple(torch.zeros_like(x) for x in start)
+    blocks = [x.split(sizes) for x in total]
     for t in range(len(sizes) - 1, -1, -1):
         ahead = tuple(x[t - 1] for x in blocks) if t else for_start
         cell.back(t, tuple(x[: sizes[t]] for x in ahead))
-    return for_start
+    return _Turned((cell.given,), *cell.weights(before), for_start)

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from seqdgm.nn.fused_recurrence import recur
+from seqdgm.nn.fused_recurrence import Weights, recur
 from seqdgm.nn.ragged import Ragged
 
 State = tuple[Tensor, ...]
@@ -108,7 +107,7 @@ class RecurrentCell(nn.Module):
 
     def run(
         self,
-        x: Float[Tensor, "series time input"],
+        x: Float[Tensor, "series time input"] | Sequence[Float[Tensor, "series time _"]],
         state: State | None = None,
         *,
         lengths: Int[Tensor, "series"] | None = None,
@@ -118,7 +117,8 @@ class RecurrentCell(nn.Module):
 
         Parameters
         ----------
-        x : Tensor of shape (series, time, input_dim)
+        x : Tensor of shape (series, time, input_dim), or sequence of Tensor
+            A sequence is read side by side; nothing is spent on a gradient for parts without one.
         state : tuple of Tensor of shape (series, layers, hidden), optional
         lengths : Tensor of int, shape (series,), optional
             Number of steps of each series, all of them by default. The output beyond is
@@ -126,27 +126,30 @@ class RecurrentCell(nn.Module):
         backwards : bool
             Read each series from its own last step to its first.
         """
+        parts = (x,) if isinstance(x, Tensor) else tuple(x)
+        n_series, n_steps, device = *parts[0].shape[:2], parts[0].device
         if lengths is None:
-            lengths = torch.full(x.shape[:1], x.shape[1], device=x.device)
+            lengths = torch.full((n_series,), n_steps, device=device)
         if state is None:
-            state = self.initial_state(x.shape[:1])
-        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return self._run_by_hand(x, state, lengths, backwards)
+            state = self.initial_state((n_series,))
+        if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return self._run_by_hand(parts, state, lengths, backwards)
+        x = torch.cat(parts, -1)
         start = tuple(part.transpose(0, 1).contiguous() for part in state)
         read = reverse(x, lengths) if backwards else x
         outputs, _ = self.rnn(read, start if self.kind == "lstm" else start[0])
         return reverse(outputs, lengths) if backwards else outputs
 
     def _run_by_hand(
-        self, x: Tensor, state: State, lengths: Tensor, backwards: bool
+        self, parts: tuple[Tensor, ...], state: State, lengths: Tensor, backwards: bool
     ) -> Float[Tensor, "series time hidden"]:
         """The loop of this package, which a GPU's fused kernels beat, without the padding."""
-        ragged = Ragged.of(lengths, x.shape[1], backwards)
-        rows = ragged.pack(x)
-        for layer, (w, u, b, d) in enumerate(self.rnn.all_weights):
+        ragged = Ragged.of(lengths, parts[0].shape[1], backwards)
+        read = tuple(ragged.pack(part) for part in parts)
+        for layer, weights in enumerate(self.rnn.all_weights):
             start = tuple(part[ragged.order, layer] for part in state)
-            rows = recur(self.kind, F.linear(rows, w, b), start, u, d, ragged)
-        return ragged.unpack(rows)
+            read = (recur(self.kind, read, start, Weights(*weights), ragged),)
+        return ragged.unpack(read[0])
 
 
 def reverse(
