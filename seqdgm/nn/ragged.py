@@ -66,4 +66,4 @@ class Ragged(NamedTuple):
         """Padded tensor of rows, `fill` beyond each series' end."""
         n, steps = self.shape
         padded = rows.new_full((n * steps, rows.shape[-1]), fill)
-        return padded.index_copy(0, self.place, rows).unflatten(0, self.shape)
+        return padded.index_copy_(0, self.place, rows).unflatten(0, self.shape)
