@@ -6,7 +6,23 @@ and verifies it; with the environment variable ``SEQDGM_DATA`` it is read from t
 `list()` shows all of them.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from seqdgm.datasets.fetch import DatasetUnavailableError
 from seqdgm.datasets.loaders import Dataset, list, load
 
-__all__ = ["Dataset", "DatasetUnavailableError", "list", "load"]
+if TYPE_CHECKING:
+    from seqdgm.datasets.simulators import Simulation, simulate
+
+__all__ = ["Dataset", "DatasetUnavailableError", "Simulation", "list", "load", "simulate"]
+
+
+def __getattr__(name: str) -> Any:
+    # Simulators need torch, and reading a table does not.
+    if name in ("Simulation", "simulate"):
+        from seqdgm.datasets import simulators
+
+        return getattr(simulators, name)
+    raise AttributeError(f"module 'seqdgm.datasets' has no attribute {name!r}")
