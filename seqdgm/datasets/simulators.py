@@ -169,7 +169,7 @@ def _linear_gaussian(**parameters: Any) -> Any:
     from seqdgm.models.linear_gaussian import LinearGaussianSSM
 
     c, s = 0.95 * np.cos(np.pi / 12), 0.95 * np.sin(np.pi / 12)
-    default = {
+    default: dict[str, Any] = {
         "F": [[c, -s], [s, c]],
         "H": [[1.0, 0.0]],
         "Q": 0.1 * np.eye(2),
@@ -183,13 +183,14 @@ def _linear_gaussian(**parameters: Any) -> Any:
 def _stochastic_volatility(**parameters: Any) -> Any:
     from seqdgm.models.stochastic_volatility import StochasticVolatility
 
-    return StochasticVolatility(**({"mu": -0.5, "rho": 0.97, "sigma": 0.2} | parameters))
+    default: dict[str, Any] = {"mu": -0.5, "rho": 0.97, "sigma": 0.2}
+    return StochasticVolatility(**(default | parameters))
 
 
 def _switching(**parameters: Any) -> Any:
     from seqdgm.models.switching import SwitchingLinearSSM
 
-    default = {
+    default: dict[str, Any] = {
         "Pi": [[0.95, 0.05], [0.1, 0.9]],
         "F": [[[0.9]], [[0.5]]],
         "H": [[1.0]],
