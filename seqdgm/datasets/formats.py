@@ -49,7 +49,7 @@ def shipped(paths: Sequence[Path], freq: str | None) -> Parts:
     return Parts(_narrow(wide))
 
 
-def dated(paths: Sequence[Path], freq: str | None) -> Parts:
+def dated(paths: Sequence[Path], freq: str) -> Parts:
     """CSV, perhaps compressed, with a column `date` and a value column for each dimension."""
     table = pd.read_csv(paths[0])
     index = pd.DatetimeIndex(pd.to_datetime(table.pop("date")), freq=freq, name="ds")

@@ -145,8 +145,9 @@ def _draw_switching(model: Any, n_series: int, n_steps: int, generator: torch.Ge
     state, dim = F.shape[-1], H.shape[-2]
     xs = np.empty((n_series, n_steps, dim))
     zs = np.empty((n_series, n_steps, state + len(Pi)))
+    k = np.zeros(n_series, int)
     for t in range(n_steps):
-        chances = np.broadcast_to(p0, (n_series, len(p0))) if t == 0 else Pi[k]
+        chances = Pi[k] if t else np.broadcast_to(p0, (n_series, len(p0)))
         k = (rng.random((n_series, 1)) > chances.cumsum(-1)[:, :-1]).sum(-1)
         noise = rng.standard_normal((n_series, state, 1))
         if t == 0:
