@@ -1,14 +1,12 @@
 """AutoARIMA on the M3 competition: accuracy, coverage and time, beside statsforecast's.
 
-The data are not shipped: SEQDGM_DATA names the folder that holds `fcomp/m3_data.json`, the series
-of the R package Mcomp by id, each with the lists `period`, `x` (training) and `xx` (held out).
+The data are those of the R package Mcomp, downloaded once, or read from the folder that the
+environment variable SEQDGM_DATA names.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -86,13 +84,17 @@ def contenders(peers: bool) -> list[Contender]:
     return found
 
 
-def load(path: Path, frequency: str, limit: int | None) -> tuple[Series, np.ndarray]:
+def load(frequency: str, limit: int | None) -> tuple[Series, np.ndarray]:
     """Training parts and held-out values; `limit` series are spread evenly over all."""
-    table = json.loads(path.read_text("utf-8"))
-    rows = [row for row in table.values() if row["period"][0].lower() == frequency]
-    if limit is not None and limit < len(rows):
-        rows = [rows[k] for k in np.linspace(0, len(rows) - 1, limit).round().astype(int)]
-    return [np.array(row["x"], float) for row in rows], np.array([row["xx"] for row in rows], float)
+    found = sq.datasets.load(f"m3-{frequency}")
+    x, held = (
+        [part.to_numpy() for _, part in frame.groupby("unique_id", sort=False)["y"]]
+        for frame in (found.train, found.test)
+    )
+    chosen = range(len(x))
+    if limit is not None and limit < len(x):
+        chosen = np.linspace(0, len(x) - 1, limit).round().astype(int).tolist()
+    return [x[k] for k in chosen], np.array([held[k] for k in chosen])
 
 
 def measure(players: Sequence[Contender], y: Series, season: int, horizon: int, block: int) -> None:
@@ -150,14 +152,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    folder = os.environ.get("SEQDGM_DATA")
-    if folder is None:
-        print("SEQDGM_DATA is not set, so there are no M3 data, and nothing is measured")
-        return
     limit = 4 if options.tiny else options.limit
     lines = []
     for frequency in options.frequency or SEASONS:
-        y, held_out = load(Path(folder) / "fcomp" / "m3_data.json", frequency, limit)
+        try:
+            y, held_out = load(frequency, limit)
+        except OSError as error:
+            print(f"nothing is measured: {error}")
+            return
         players = contenders(not options.no_peers)
         measure(players, y, SEASONS[frequency], held_out.shape[1], options.block)
         lines += report(players, y, held_out, frequency)

@@ -90,11 +90,15 @@ class Problem(NamedTuple):
 
 @app.command()
 def datasets() -> None:
-    """List the data sets that come with the package."""
+    """List the data sets, their licences, and whether they are here or would be downloaded."""
     from seqdgm import datasets as registry
 
-    shown = ["name", "n_series", "length", "freq", "season", "horizon", "description"]
-    _show(registry.list()[shown].fillna({"freq": "-"}), "Data sets")
+    shown = ["name", "n_series", "length", "freq", "season", "horizon", "here", "description"]
+    table = registry.list()
+    here = table["present"].map({True: "yes", False: "no"})
+    horizon = table["horizon"].astype(object).where(table["horizon"].notna(), "-")
+    table = table.assign(here=here, horizon=horizon).fillna({"freq": "-"})
+    _show(table[[*shown, "licence"]], "Data sets")
 
 
 @app.command()
@@ -416,9 +420,11 @@ def _show(frame: pd.DataFrame, title: str) -> None:
         collapse_padding=True,
     )
     for column in frame.columns:
-        text = column in ("model", "name", "description")
+        text = column in ("model", "name", "description", "licence")
         table.add_column(
-            column, justify="left" if text else "right", no_wrap=column != "description"
+            column,
+            justify="left" if text else "right",
+            no_wrap=column not in ("description", "licence"),
         )
     for row in frame.itertuples(index=False):
         table.add_row(*(str(value).replace(" ± ", "\n± ") for value in row))

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from seqdgm import datasets
+from seqdgm.datasets import fetch, registry
 
-NAMES = datasets.list()["name"].to_list()
+NAMES = datasets.list().query("origin == 'package'")["name"].to_list()
 PANELS = ("fertility", "us_employment")
 
 
@@ -24,7 +25,7 @@ def series_of(name: str) -> list[pd.DataFrame]:
 
 
 def test_all_files_are_in_the_registry_and_small():
-    bundled = {datasets.loaders._path(entry) for entry in datasets.loaders._registry().values()}
+    bundled = {fetch.locate(name, registry.entry(name))[0] for name in NAMES}
     folder = next(iter(bundled)).parent
     assert bundled == set(folder.glob("*.csv"))
     assert all(path.stat().st_size < 200_000 for path in bundled)
@@ -199,9 +200,9 @@ def test_unknown_name_suggests_close_ones():
 
 
 def test_missing_data_folder_names_the_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.loaders, "files", lambda package: tmp_path / "seqdgm" / "datasets")
-    with pytest.raises(FileNotFoundError, match=r"airline\.csv is in neither"):
-        datasets.loaders._path({"file": "airline.csv"})
+    monkeypatch.setattr(fetch, "files", lambda package: tmp_path / "seqdgm" / "datasets")
+    with pytest.raises(datasets.DatasetUnavailableError, match=r"airline\.csv is in neither"):
+        datasets.load("airline")
 
 
 def test_a_data_set_is_frozen_and_loads_do_not_share_state():

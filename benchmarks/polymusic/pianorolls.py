@@ -6,36 +6,26 @@ number of steps, the first step of each sequence included.
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
-FILES = {
-    "jsb": "JSB_Chorales",
-    "nottingham": "Nottingham",
-    "muse": "MuseData",
-    "piano": "Piano_midi",
-}
+import seqdgm as sq
+
+FILES = {"jsb": "jsb", "nottingham": "nottingham", "muse": "musedata", "piano": "piano_midi"}
 Sequences = list[np.ndarray]
 
 
 def load(name: str) -> dict[str, Sequences]:
     """Parts "train", "valid" and "test" of a data set: arrays of 0 and 1, (time, 88).
 
-    The data are not shipped: SEQDGM_DATA names the folder that holds `polymusic/*.mat`, the files
-    with the cells `traindata`, `validdata` and `testdata`.
+    They are downloaded once, or read from the folder that SEQDGM_DATA names.
     """
-    folder = os.environ.get("SEQDGM_DATA")
-    if folder is None:
-        sys.exit("SEQDGM_DATA is not set: it names the folder that holds polymusic/*.mat")
-    cells = loadmat(Path(folder) / "polymusic" / f"{FILES[name]}.mat")
-    return {
-        part: [np.asarray(roll, float) for roll in cells[f"{part}data"].ravel()]
-        for part in ("train", "valid", "test")
-    }
+    try:
+        found = sq.datasets.load(FILES[name])
+    except OSError as error:
+        sys.exit(str(error))
+    return {"train": found.train, "valid": found.valid, "test": found.test}
 
 
 def independent_keys(train: Sequences, test: Sequences) -> float:

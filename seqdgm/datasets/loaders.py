@@ -1,23 +1,46 @@
-"""Read the registry and turn an entry into a `Dataset`.
+"""`load`: from a name to a `Dataset`; `list`: what there is.
 
-An entry of `registry.toml` says where its file comes from; `_path` is the only place that knows the
-kinds of origin. Files are CSV and parsed as data: nothing in them is evaluated.
+An entry of `registry.toml` names a reader of `READERS`, its files and its options; `fetch.locate`
+is the only place that knows where files come from. Files are parsed as data: nothing in them is
+evaluated.
 """
 
 from __future__ import annotations
 
 import builtins
-import difflib
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from seqdgm.datasets import formats, matlab
+from seqdgm.datasets.fetch import is_present, locate
+from seqdgm.datasets.formats import Parts
+from seqdgm.datasets.registry import entry, licence, registry
+
+READERS: Mapping[str, Callable[..., Parts]] = {
+    reader.__name__: reader
+    for reader in (
+        formats.shipped,
+        formats.dated,
+        formats.numbers,
+        formats.r_table,
+        formats.competition,
+        formats.m4,
+        formats.tsf,
+        formats.ts,
+        formats.libras,
+        formats.chorale_notes,
+        matlab.polyphonic,
+        matlab.mocap,
+        matlab.rail,
+        matlab.tubes,
+        matlab.stereo,
+    )
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,41 +51,59 @@ class Dataset:
     ----------
     name : str
         Name in the registry.
-    y : pandas.Series or pandas.DataFrame
-        A Series (one univariate series), a wide frame (one series, a column a dimension) or a long
-        frame `unique_id, ds, y` (a panel). Values are float64; NaN is not observed. The time index
-        is complete: a DatetimeIndex with its `freq` set, or a RangeIndex where steps have no date.
-    horizon : int
-        Steps to forecast by default; the length of `test`.
+    y : pandas.Series, pandas.DataFrame, list of ndarray, or ndarray
+        A Series (one univariate series), a wide frame (one series, a column a dimension), a long
+        frame `unique_id, ds, y` (a panel, whose series may differ in length), a list of arrays of
+        shape (time, dim) or an array of shape (series, time, dim). Values are float64; NaN is not
+        observed. The time index is complete: a DatetimeIndex with its `freq` set, or counted steps
+        where the source has no dates.
+    horizon : int or None
+        Steps to forecast by default; None where forecasting is not what the set is for.
     season : int
         Steps in a season, 1 where there is none.
     freq : str or None
         pandas offset of a step; None where steps have no date.
     source, licence, description : str
-        Package and publication that the values come from, their licence, and what they are.
+        Publication or package that the values come from, their licence as stated there, and what
+        they are.
     train, valid, test : same type as `y`, or None
-        Parts in order of time; None where the set is not split that way.
+        The published parts where there are some, else `y` without, and only, the last `horizon`
+        steps of every series; None where the set is not split that way.
     defaults : Mapping
         Settings that suit the data: keyword arguments by model name, and `transform`, for example
         ``{"transform": "log", "arima": {"order": [0, 1, 1], "seasonal": [0, 1, 1, 12]}}``.
+    inputs, states : pandas.DataFrame or None
+        Known inputs and true states, in the index of `y`, where the source has them.
+    labels : Mapping of str to ndarray
+        Class of each sequence, by part ("train", "test") or for "y" as a whole.
+    constants : Mapping
+        What else the source states: noise variances, places of landmarks, the step in seconds.
     """
 
     name: str
-    y: pd.Series | pd.DataFrame = field(repr=False)
-    horizon: int
+    y: Any = field(repr=False)
+    horizon: int | None
     season: int
     freq: str | None
     source: str
     licence: str
     description: str
-    train: pd.Series | pd.DataFrame | None = field(default=None, repr=False)
-    valid: pd.Series | pd.DataFrame | None = field(default=None, repr=False)
-    test: pd.Series | pd.DataFrame | None = field(default=None, repr=False)
+    train: Any = field(default=None, repr=False)
+    valid: Any = field(default=None, repr=False)
+    test: Any = field(default=None, repr=False)
     defaults: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    inputs: pd.DataFrame | None = field(default=None, repr=False)
+    states: pd.DataFrame | None = field(default=None, repr=False)
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    constants: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def load(name: str) -> Dataset:
     """Load a data set by its name in the registry.
+
+    Some sets come with the package. The files of the others are read from the folder that the
+    environment variable ``SEQDGM_DATA`` names or, if it is not set, downloaded once into the
+    user's cache. Checksums are verified in either case.
 
     Parameters
     ----------
@@ -72,14 +113,13 @@ def load(name: str) -> Dataset:
     Returns
     -------
     Dataset
-        Its `train` and `test` are `y` without, and only, the last `horizon` steps of every series.
 
     Raises
     ------
     ValueError
         If there is no data set of this name.
-    FileNotFoundError
-        If the data folder is missing from the installation.
+    DatasetUnavailableError
+        An OSError: if a file is missing, cannot be downloaded, or is not the published one.
 
     Examples
     --------
@@ -90,81 +130,44 @@ def load(name: str) -> Dataset:
     >>> float(airline.train.iloc[-1]), float(airline.test.iloc[0])
     (405.0, 417.0)
     """
-    entry = _entry(name)
-    y = _read(_path(entry), entry.get("freq"))
-    train, test = _split(y, entry["horizon"])
+    found = entry(name)
+    freq, horizon = found.get("freq"), found.get("horizon")
+    read = READERS[found.get("loader", "shipped")]
+    parts = read(locate(name, found), freq, **found.get("options", {}))
+    train, valid, test = _split(parts, found.get("split", "horizon"), horizon)
     return Dataset(
         name=name,
-        y=y,
-        horizon=entry["horizon"],
-        season=entry["season"],
-        freq=entry.get("freq"),
-        source=entry["source"],
-        licence=entry["licence"],
-        description=entry["description"],
+        y=parts.y,
+        horizon=horizon,
+        season=found["season"],
+        freq=freq,
+        source=found["source"],
+        licence=licence(found),
+        description=found["description"],
         train=train,
+        valid=valid,
         test=test,
-        defaults=deepcopy(entry.get("defaults", {})),
+        defaults=deepcopy(found.get("defaults", {})),
+        inputs=parts.inputs,
+        states=parts.states,
+        labels=parts.labels,
+        constants=parts.constants,
     )
 
 
-@cache
-def _registry() -> dict[str, dict[str, Any]]:
-    text = files("seqdgm.datasets").joinpath("registry.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-def _entry(name: str) -> dict[str, Any]:
-    registry = _registry()
-    if name in registry:
-        return registry[name]
-    close = difflib.get_close_matches(str(name).lower(), registry, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(
-        f"There is no data set {name!r}.{hint} seqdgm.datasets.list() shows all of them."
-    )
-
-
-def _path(entry: Mapping[str, Any]) -> Path:
-    """The local file of an entry: inside an installed package, or in a checkout of the source."""
-    package = Path(str(files("seqdgm.datasets"))).parent
-    folders = (package / "data", package.parent / "data")
-    for folder in folders:
-        if (folder / entry["file"]).is_file():
-            return folder / entry["file"]
-    raise FileNotFoundError(
-        f"{entry['file']} is in neither {folders[0]} nor {folders[1]}. Install seqdgm again, from "
-        "a wheel or from a checkout that has its data folder."
-    )
-
-
-def _read(path: Path, freq: str | None) -> pd.Series | pd.DataFrame:
-    table = pd.read_csv(path)
-    ds = table["ds"] if freq is None else _dates(table["ds"])
-    if "unique_id" in table.columns:
-        return table.assign(ds=ds, y=table["y"].astype("float64"))
-    wide = table.drop(columns="ds").astype("float64")
-    # Either constructor refuses time stamps that leave a gap.
-    wide.index = (
-        pd.RangeIndex(ds.iloc[0], ds.iloc[-1] + 1, name="ds")
-        if freq is None
-        else pd.DatetimeIndex(ds, freq=freq, name="ds")
-    )
-    return wide.iloc[:, 0] if wide.shape[1] == 1 else wide
-
-
-def _dates(ds: pd.Series) -> pd.Series:
-    year_only = pd.api.types.is_integer_dtype(ds)
-    return pd.to_datetime(ds.astype(str), format="%Y" if year_only else "%Y-%m-%d")
-
-
-def _split(
-    y: pd.Series | pd.DataFrame, horizon: int
-) -> tuple[pd.Series | pd.DataFrame, pd.Series | pd.DataFrame]:
-    if isinstance(y, pd.DataFrame) and "unique_id" in y.columns:
-        steps_left = y.groupby("unique_id", sort=False).cumcount(ascending=False)
-        return y[steps_left >= horizon], y[steps_left < horizon]
-    return y.iloc[:-horizon], y.iloc[-horizon:]
+def _split(parts: Parts, rule: Any, horizon: int | None) -> tuple[Any, Any, Any]:
+    """Parts that the files give ("given"), the last steps ("horizon"), lengths, or "none"."""
+    y = parts.y
+    if rule in ("given", "none"):
+        return parts.train, parts.valid, parts.test
+    if rule == "horizon":
+        assert horizon is not None
+        if isinstance(y, pd.DataFrame) and "unique_id" in y.columns:
+            steps_left = y.groupby("unique_id", sort=False).cumcount(ascending=False)
+            return y[steps_left >= horizon], None, y[steps_left < horizon]
+        return y.iloc[:-horizon], None, y.iloc[-horizon:]
+    first, second, third = np.cumsum(rule).tolist()
+    return y.iloc[:first], y.iloc[first:second], y.iloc[second:third]
 
 
 def list() -> pd.DataFrame:
@@ -174,27 +177,26 @@ def list() -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns `name`, `description`, `n_series`, `n_dims` (observed dimensions of a series),
-        `length` (time steps), `freq` (missing where steps have no date), `season`, `horizon`
-        and `licence`. No data file is read.
+        `length` (time steps, of the longest series), `freq` (missing where steps have no date),
+        `season`, `horizon` (missing where there is none), `licence`, `origin` ("package" or
+        "download") and `present` (whether the files are here, by their sizes). No data file is
+        read, and nothing is downloaded.
 
     Examples
     --------
     >>> import seqdgm as sq
-    >>> sq.datasets.list().query("n_series > 1")["name"].to_list()
+    >>> sq.datasets.list().query("origin == 'package' and n_series > 1")["name"].to_list()
     ['fertility', 'us_employment']
     """
-    columns = (
-        "description",
-        "n_series",
-        "n_dims",
-        "length",
-        "freq",
-        "season",
-        "horizon",
-        "licence",
-    )
+    columns = ("description", "n_series", "n_dims", "length", "freq", "season", "horizon")
     rows = (
-        {"name": name, **{column: entry.get(column) for column in columns}}
-        for name, entry in sorted(_registry().items())
+        {
+            "name": name,
+            **{column: found.get(column) for column in columns},
+            "licence": licence(found),
+            "origin": "package" if "file" in found else "download",
+            "present": is_present(found),
+        }
+        for name, found in sorted(registry().items())
     )
-    return pd.DataFrame(builtins.list(rows))
+    return pd.DataFrame(builtins.list(rows)).astype({"horizon": "Int64"})
