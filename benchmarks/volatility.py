@@ -1,14 +1,12 @@
 """Stochastic volatility of the pound/dollar rate: posteriors beside published estimates.
 
-The 945 daily returns, 1 October 1981 to 28 June 1985, are not shipped: SEQDGM_DATA names the
-folder that holds `classical/sv.dat`. The priors are those of Kim, Shephard and Chib (1998), and the
-returns are mean-corrected, as theirs.
+The 945 daily returns, 1 October 1981 to 28 June 1985, are the data set "sv". The priors are those of
+Kim, Shephard and Chib (1998), and the returns are mean-corrected, as theirs.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -51,11 +49,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few draws, to see that it all runs")
     parser.add_argument("--output", type=Path, help="folder of the results")
     options = parser.parse_args()
-    folder = os.environ.get("SEQDGM_DATA")
-    if folder is None:
-        print("SEQDGM_DATA is not set, so there are no returns, and nothing is measured")
-        return
-    returns = np.loadtxt(Path(folder) / "classical" / "sv.dat")
+    returns = sq.datasets.load("sv").y.to_numpy()
     returns = returns[:100] if options.tiny else returns
     priors = {
         "mu": Normal(0.0, 10.0**0.5),

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "docs/models.md",
     "docs/deep.md",
     "docs/particles.md",
+    "docs/datasets.md",
 ]
 
 
