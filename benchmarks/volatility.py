@@ -1,7 +1,7 @@
 """Stochastic volatility of the pound/dollar rate: posteriors beside published estimates.
 
-The 945 daily returns, 1 October 1981 to 28 June 1985, are the data set "sv". The priors are those of
-Kim, Shephard and Chib (1998), and the returns are mean-corrected, as theirs.
+The 945 daily returns, 1 October 1981 to 28 June 1985, are the data set "sv". The priors are those
+of Kim, Shephard and Chib (1998), and the returns are mean-corrected, as theirs.
 """
 
 from __future__ import annotations
