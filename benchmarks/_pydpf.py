@@ -1,10 +1,11 @@
 """Bootstrap filters of pydpf, which takes all series as one batch.
 
-It resamples at every step, as its documentation recommends for batches; besides, the evidence of
-its conditional resampler (1.2.3) is wrong in steps that do not resample. A model is written with
-plain tensor operations, which is faster than with the package's distributions. Double precision
-needs torch's default to be double while the filter runs, for the offsets of systematic resampling;
-the factors of the evidence come back in single precision all the same.
+It resamples at every step, as its documentation recommends for batches; besides, with its
+conditional resampler (1.2.3) and half the particles as threshold the evidence of the volatility
+model ends in a KeyError. A model is written with plain tensor operations, which is faster than
+with the package's distributions. Double precision needs torch's default to be double while the
+filter runs, for the offsets of systematic resampling; the factors of the evidence come back in
+single precision all the same.
 """
 
 from __future__ import annotations
