@@ -28,6 +28,21 @@ def load(name: str) -> dict[str, Sequences]:
     return {"train": found.train, "valid": found.valid, "test": found.test}
 
 
+def transposed(rolls: Sequences, semitones: int) -> Sequences:
+    """Every sequence in all keys up to `semitones` lower and higher, itself included.
+
+    A copy whose notes would leave the keyboard is left out.
+    """
+    copies = list(rolls)
+    for roll in rolls:
+        played = np.flatnonzero(roll.any(axis=0))
+        lowest = max(-semitones, -played[0])
+        highest = min(semitones, roll.shape[1] - 1 - played[-1])
+        shifts = [shift for shift in range(lowest, highest + 1) if shift]
+        copies += [np.roll(roll, shift, axis=1) for shift in shifts]
+    return copies
+
+
 def independent_keys(train: Sequences, test: Sequences) -> float:
     """Each key as often as in training (with half a count more on either side)."""
     played = _share(sum(roll.sum(0) for roll in train), sum(map(len, train)))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pianorolls import FILES, Sequences, independent_keys, load, markov_chain
+from pianorolls import FILES, Sequences, independent_keys, load, markov_chain, transposed
 
 import seqdgm as sq
 from seqdgm.models import lstm_ssm, noisin, srnn, storn, vrnn, zforcing
@@ -51,10 +51,10 @@ class Effort:
 
 
 def settings(name: str, data: str, epochs: int | None) -> dict[str, dict[str, Any]]:
-    """Tables "model" and "fit" of a configuration, with what it changes for a data set."""
+    """Tables "model", "fit" and "data" of a configuration, with what it changes for a data set."""
     raw = tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-    changes = raw.get(data, {})
-    out = {table: {**raw[table], **changes.get(table, {})} for table in ("model", "fit")}
+    changes, tables = raw.get(data, {}), ("model", "fit", "data")
+    out = {table: {**raw.get(table, {}), **changes.get(table, {})} for table in tables}
     if epochs is not None:
         out["fit"]["max_epochs"] = epochs
     return out
@@ -121,7 +121,8 @@ def train(name: str, data: str, options: argparse.Namespace) -> dict[str, Any]:
     model = CLASSES[chosen["model"]["class"]](
         **{key: value for key, value in chosen["model"].items() if key != "class"}
     )
-    model.fit(rolls["train"], valid=rolls["valid"], seed=options.seed, **how)
+    given = transposed(rolls["train"], chosen["data"].get("transpose", 0))
+    model.fit(given, valid=rolls["valid"], seed=options.seed, **how)
     model.save(stem.with_suffix(".safetensors"))
     begin, report = time.perf_counter(), model.fit_report_
     effort = Effort(options.paths, options.particles, options.particles)
