@@ -13,7 +13,7 @@ Array = np.ndarray
 Aggregate = Literal["series", "pooled", "step"]
 
 
-def reduce(score: Float[Array, "series horizon"], aggregate: Aggregate) -> Any:
+def over_known(score: Float[Array, "series horizon"], aggregate: Aggregate) -> Any:
     """Average a score of each point over what is known of it (NaN is left out).
 
     ``"series"`` gives (series,), ``"step"`` (horizon,) and ``"pooled"`` one number, in which every

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from seqdgm.evaluation._scores import Aggregate, Array, draws_of, history, pair, ratio, reduce
+from seqdgm.evaluation._scores import Aggregate, Array, draws_of, history, over_known, pair, ratio
 from seqdgm.evaluation.point_metrics import naive_scale
 
 
@@ -55,7 +55,7 @@ def crps(
     # Centred, so that the spread of large values does not drown in rounding.
     ordered = np.sort(draws - draws.mean(axis=1, keepdims=True), axis=1)
     weights = (2 * np.arange(1, m + 1) - m - 1) / (m * (m - 1))
-    return reduce(error - np.einsum("nmh,m->nh", ordered, weights), aggregate)
+    return over_known(error - np.einsum("nmh,m->nh", ordered, weights), aggregate)
 
 
 def quantile_score(
@@ -87,7 +87,7 @@ def quantile_score(
     ----------
     Koenker and Bassett (1978), "Regression quantiles", Econometrica 46(1), equation 2.1.
     """
-    return reduce(_pinball(*pair(y, quantile), q), aggregate)
+    return over_known(_pinball(*pair(y, quantile), q), aggregate)
 
 
 def weighted_quantile_loss(
@@ -196,7 +196,7 @@ def interval_score(
     ----------
     Gneiting and Raftery (2007), JASA 102, equation 43.
     """
-    return reduce(_winkler(y, lo, hi, level), aggregate)
+    return over_known(_winkler(y, lo, hi, level), aggregate)
 
 
 def msis(
@@ -226,7 +226,7 @@ def msis(
     score = _winkler(y, lo, hi, level)
     scale = naive_scale(history(train, len(score)), season)[:, None]
     scaled = np.divide(score, scale, out=np.full_like(score, np.nan), where=scale > 0)
-    return reduce(scaled, aggregate)
+    return over_known(scaled, aggregate)
 
 
 def coverage(
@@ -251,7 +251,7 @@ def coverage(
     y, lo = pair(y, lo)
     y, hi = pair(y, hi)
     inside = np.where(np.isnan(y), np.nan, 100.0 * ((lo <= y) & (y <= hi)))
-    return reduce(inside, aggregate)
+    return over_known(inside, aggregate)
 
 
 def acd(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from seqdgm.evaluation._scores import Aggregate, Array, reduce, vectors_of
+from seqdgm.evaluation._scores import Aggregate, Array, over_known, vectors_of
 from seqdgm.evaluation.density_metrics import crps, sample_quantiles, weighted_quantile_loss
 
 # Those of the published tables.
@@ -93,7 +93,7 @@ def energy_score(
         # The mean over the distinct pairs is the fair estimate of E|X - X'|.
         return float(np.linalg.norm(draws - y, axis=1).mean() - 0.5 * pdist(draws).mean())
 
-    return reduce(_each_step(y, samples, score), aggregate)
+    return over_known(_each_step(y, samples, score), aggregate)
 
 
 def variogram_score(
@@ -142,7 +142,7 @@ def variogram_score(
         ]
         return float(np.sum(rows))
 
-    return reduce(_each_step(y, samples, score), aggregate)
+    return over_known(_each_step(y, samples, score), aggregate)
 
 
 def _each_step(y: Array, samples: Array, score: Callable[[Array, Array], float]) -> Array:

@@ -14,7 +14,7 @@ quotient of sums (`weighted_quantile_loss`) takes both sums over the same points
 
 from __future__ import annotations
 
-from seqdgm.evaluation._scores import Aggregate
+from seqdgm.evaluation._scores import Aggregate, over_known
 from seqdgm.evaluation.density_metrics import (
     acd,
     coverage,
@@ -45,6 +45,7 @@ __all__ = [
     "msis",
     "naive2",
     "naive_scale",
+    "over_known",
     "owa",
     "pit",
     "quantile_score",

@@ -1,9 +1,9 @@
-"""The benchmark of the M competitions: the last value, seasonally adjusted where that is called for."""
+"""Naive2, the benchmark of the M competitions: the last value, seasonally adjusted on evidence."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Array = np.ndarray
 
@@ -11,7 +11,10 @@ _Z = 1.645  # two-sided 90 %, with the digits of the competition's code
 
 
 def naive2(
-    train: Float[Array, "series time"], season: int, horizon: int
+    train: Float[Array, "series time"],
+    season: int,
+    horizon: int,
+    lengths: Int[Array, "series"] | None = None,
 ) -> Float[Array, "series horizon"]:
     """Forecast every step by the last value, seasonally adjusted by a classical decomposition.
 
@@ -23,11 +26,13 @@ def naive2(
     ----------
     train : ndarray of shape (series, time)
         Training parts, NaN after the end of a shorter series. Missing values before it are left
-        out of every mean; the forecast begins after the last known value.
+        out of every mean.
     season : int
         Season length in steps, 1 for none.
     horizon : int
         Steps to forecast.
+    lengths : ndarray of shape (series,), optional
+        Steps after which the forecasts begin; default each series' last known value.
 
     Raises
     ------
@@ -63,8 +68,10 @@ def naive2(
                 "multiplicative indices need positive values; use another benchmark"
             )
         index = seasonal_indices(x, season)
-        place = np.arange(len(x) - 1, len(x) + horizon) % season
-        out[n] = x[-1] / index[place[0]] * index[place[1:]]
+        end = len(x) if lengths is None else int(lengths[n])
+        out[n] = (
+            x[-1] / index[(len(x) - 1) % season] * index[np.arange(end, end + horizon) % season]
+        )
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from seqdgm.evaluation._scores import Aggregate, Array, history, pair, reduce
+from seqdgm.evaluation._scores import Aggregate, Array, history, over_known, pair
 from seqdgm.evaluation.naive2 import naive2
 
 
@@ -53,7 +53,7 @@ def mase(
     y, forecast = pair(y, forecast)
     scale = naive_scale(history(train, len(y)), season)[:, None]
     error = np.abs(y - forecast)
-    return reduce(
+    return over_known(
         np.divide(error, scale, out=np.full_like(error, np.nan), where=scale > 0), aggregate
     )
 
@@ -73,7 +73,7 @@ def naive_scale(train: Float[Array, "series time"], season: int = 1) -> Float[Ar
         raise ValueError(f"season={season!r} must be a whole number of steps, 1 or more")
     if train.shape[1] <= season:
         return np.full(len(train), np.nan)
-    scale: Array = reduce(np.abs(train[:, season:] - train[:, :-season]), "series")
+    scale: Array = over_known(np.abs(train[:, season:] - train[:, :-season]), "series")
     return scale
 
 
@@ -104,7 +104,7 @@ def smape(
     size = np.abs(y) + np.abs(forecast)
     error = 200.0 * np.abs(y - forecast)
     # The error, not zero, where the size is NaN: the point is not known.
-    return reduce(np.divide(error, size, out=error.copy(), where=size > 0), aggregate)
+    return over_known(np.divide(error, size, out=error.copy(), where=size > 0), aggregate)
 
 
 def mape(
@@ -132,7 +132,7 @@ def mape(
     y, forecast = pair(y, forecast)
     error, size = 100.0 * np.abs(y - forecast), np.abs(y)
     without_size = np.where(error > 0, np.inf, error)
-    return reduce(np.divide(error, size, out=without_size, where=size > 0), aggregate)
+    return over_known(np.divide(error, size, out=without_size, where=size > 0), aggregate)
 
 
 def owa(
