@@ -1,4 +1,4 @@
-"""Metrics against scoringrules, utilsforecast, statsmodels, and the tables of the M4 competition."""
+"""Metrics against scoringrules, utilsforecast, statsmodels, and the tables of M4."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_aggregates_weigh_as_they_say():
     )
     assert metrics.mase(y, forecast, train, aggregate="pooled") == pytest.approx(2 / 3)
     assert metrics.log_score([-6.0, -1.0], y, aggregate="pooled") == pytest.approx(-7 / 3)
-    lo, hi = y - 1, y + [[1, 1], [-2, 1]]
+    lo, hi = y - 1, y + np.array([[1, 1], [-2, 1]])
     assert metrics.coverage(y, lo, hi, aggregate="pooled") == pytest.approx(200 / 3)
     assert metrics.acd(y, lo, hi, 80) == pytest.approx(80 - 200 / 3)
     np.testing.assert_allclose(

@@ -197,27 +197,29 @@ class Ranking:
         k = len(self.ranks)
         bars = self.groups()
         rows = (k + 1) // 2
-        figure = Figure(figsize=(7.0, 1.3 + 0.28 * rows + 0.12 * len(bars)), layout="constrained")
-        axes = figure.add_subplot()
+        top = -0.25 * (len(bars) + 1)
+        figure = Figure(figsize=(8.0, 1.5 + 0.3 * rows + 0.15 * len(bars)))
+        axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set_axis_off()
+        # Room for the names beside the scale.
+        axes.set(xlim=(1 - 0.6 * k, k + 0.6 * k), ylim=(top - 0.5 * rows, 2.0))
         axes.plot([1, k], [0, 0], color="0.2", lw=1)
         for rank in range(1, k + 1):
             axes.plot([rank, rank], [0, 0.12], color="0.2", lw=1)
             axes.text(rank, 0.2, str(rank), ha="center", va="bottom", fontsize=9)
-        top = -0.25 * (len(bars) + 1)
         for place, (name, rank) in enumerate(self.ranks.items()):
             left = place < rows
             line = top - 0.5 * (place if left else k - 1 - place)
-            end = 0.9 if left else k + 0.1
+            end = 1 - 0.04 * k if left else k + 0.04 * k
             axes.plot([rank, rank, end], [0, line, line], color="0.45", lw=0.8)
             text = f"{name}  {rank:.2f}" if left else f"{rank:.2f}  {name}"
             axes.text(end, line, f" {text} ", ha="right" if left else "left", va="center")
         for row, group in enumerate(bars):
-            ends = self.ranks[group[0]] - 0.03, self.ranks[group[-1]] + 0.03
+            ends = self.ranks[group[0]] - 0.02 * k, self.ranks[group[-1]] + 0.02 * k
             axes.plot(ends, [-0.25 * (row + 1)] * 2, color="C3", lw=3, solid_capstyle="butt")
-        axes.plot([1, 1 + self.critical_difference], [0.95, 0.95], color="C3", lw=2)
+        axes.plot([1, 1 + self.critical_difference], [1.1, 1.1], color="C3", lw=2)
         note = f"critical difference {self.critical_difference:.2f} ({100 * self.alpha:g} %)"
-        axes.text(1, 1.05, f"{note}, {self.n_units} units", fontsize=9, va="bottom")
+        axes.text(1, 1.25, f"{note}, {self.n_units} units", fontsize=9, va="bottom")
         return figure
 
 
