@@ -76,6 +76,23 @@ def test_one_bad_series_is_set_apart(panel, refit):
     assert [failure["cutoff"] for failure in failures] == [23, 26]
 
 
+def test_an_arima_leaves_out_the_series_that_is_too_short_for_it():
+    rng = np.random.default_rng(1)
+    y = [10 + rng.normal(size=n).cumsum() for n in (30, 8, 25)]
+    model = sq.ARIMA((2, 1, 2), seasonal=(1, 0, 0, 4), trend="t")
+    with pytest.warns(RuntimeWarning, match="for series 1: ValueError"):
+        result = compare({"arima": model}, y, horizon=3, season=1, seed=0)
+    alone = compare({"arima": model}, y[::2], horizon=3, season=1, seed=0)
+    mine = result.forecasts[result.forecasts["unique_id"] != 1]
+    np.testing.assert_allclose(mine["arima"], alone.forecasts["arima"], rtol=1e-6)
+    exact = ["MASE", "sMAPE", "log_score", "coverage-80", "MSIS-95"]
+    kept = result.scores[result.scores["unique_id"] != 1]
+    np.testing.assert_allclose(
+        kept[exact].astype(float), alone.scores[exact].astype(float), rtol=1e-5
+    )
+    assert result.table["units"].item() == 2
+
+
 def test_one_bad_series_among_many_costs_few_fits():
     y = np.abs(np.random.default_rng(0).normal(size=(64, 12, 1))) + 1
     y[37, 2] = -1

@@ -110,13 +110,13 @@ def attempt(
         except MODEL_ERRORS as error:
             error.add_note(f"raised by {name} on the window after {window.cutoff[0]}")
             raise
-    forecast = _joined(done, window) if done else None
+    joined = _joined(done, window) if done else None
     failures += _not_finite(done, failures, window)
-    if forecast is None and failures and len(failures) == window.train.n_series > 1:
+    if joined is None and len(failures) == window.train.n_series > 1:
         texts = {failure.error for failure in failures}
         failures = [Failure(None, texts.pop())] if len(texts) == 1 else failures
     return Record(
-        name, window, forecast, clock.fit, clock.forecast, memory.megabytes, tuple(failures)
+        name, window, joined, clock.fit, clock.forecast, memory.megabytes, tuple(failures)
     )
 
 

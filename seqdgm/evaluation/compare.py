@@ -202,7 +202,8 @@ def compare(
     Raises
     ------
     ValueError
-        Without a horizon, for a series too short, or for a baseline that does not take part.
+        Without a horizon, for a series too short, for a baseline that does not take part, an
+        unknown test or weighting, and a cache of another run.
 
     Examples
     --------
@@ -212,6 +213,7 @@ def compare(
     >>> list(result.table.index)
     ['SeasonalNaive']
     """
+    leaderboard.check_choices(test, aggregate)
     panel, horizon, season, defaults = _settings(data, horizon, season)
     named = name_models(default_models(season, horizon, defaults) if models is None else models)
     baseline = _baseline(named, baseline)

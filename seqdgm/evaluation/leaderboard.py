@@ -34,6 +34,13 @@ def metric_names(level: Sequence[float], n_dims: int) -> list[str]:
     return [*names, "log_score"]
 
 
+def check_choices(test: str, aggregate: str) -> None:
+    """Refuse an unknown test or weighting, before any model is fitted."""
+    for option, value, known in (("test", test, Test), ("aggregate", aggregate, Weights)):
+        if value not in get_args(known):
+            raise ValueError(f"{option}={value!r} is unknown; choose among {get_args(known)}")
+
+
 def score(
     record: Record, season: int, level: Sequence[float], n_samples: int
 ) -> tuple[pd.DataFrame, tuple[Failure, ...]]:
@@ -43,7 +50,8 @@ def score(
     values: dict[str, Any] = dict.fromkeys(
         [*names, "scale", "points", "quantile_loss", "size", "log_score_stderr"], np.nan
     ) | {"log_score_kind": None}
-    forecast, failures = record.forecast, ()
+    forecast = record.forecast
+    failures: tuple[Failure, ...] = ()
     if forecast is not None:
         failed = [failure.series for failure in record.failures]
         held = window.held_out.values.copy()
@@ -156,14 +164,12 @@ def table(
     aggregate: Weights,
 ) -> pd.DataFrame:
     """One row a model, best CRPS first; see `Comparison`."""
-    for name, value, known in (("test", test, Test), ("aggregate", aggregate, Weights)):
-        if value not in get_args(known):
-            raise ValueError(f"{name}={value!r} is unknown; choose among {get_args(known)}")
     naive = benchmark(run, season)
     reference = scaled_crps(scores, baseline)
     names = metric_names(run.level, run.panel.n_dims)
     rows = {}
-    for name, group in scores.groupby("model", sort=False):
+    for name in run.models:
+        group = scores[scores["model"] == name]
         row = _means(group, names, aggregate)
         row["log_score_kind"] = ", ".join(sorted(group["log_score_kind"].dropna().unique()))
         row["wQL"] = _quotient(group["quantile_loss"].sum(), group["size"].sum())
@@ -171,7 +177,7 @@ def table(
         for lv in run.level:
             row[f"ACD-{lv:g}"] = abs(row[f"coverage-{lv:g}"] - lv)
         own = name == baseline
-        row["p_value"] = np.nan if own else p_value(run, scores, str(name), reference, test)
+        row["p_value"] = np.nan if own else p_value(run, scores, name, reference, test)
         row["units"] = int(group["CRPS"].notna().sum())
         mine = [part for part in parts if part.model == name]
         row["fit_seconds"] = sum(part.fit_seconds for part in mine)
@@ -179,7 +185,7 @@ def table(
         row["peak_mb"] = max(part.peak_mb for part in mine)
         rows[name] = row
     out = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
-    out.insert(out.columns.get_loc("p_value") + 1, "p_holm", holm(out["p_value"].to_numpy()))
+    out.insert(list(out.columns).index("p_value") + 1, "p_holm", holm(out["p_value"].to_numpy()))
     # A mean over fewer units, the hard ones gone, must not win.
     incomplete = out["units"] < out["units"].max()
     order = out.assign(incomplete=incomplete).sort_values(["incomplete", "CRPS"]).index
