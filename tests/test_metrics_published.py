@@ -176,8 +176,11 @@ def test_aggregates_weigh_as_they_say():
     )
 
 
-def test_mape_at_zero_is_infinite_unless_the_forecast_is_zero():
-    np.testing.assert_array_equal(metrics.mape([[0.0], [0.0]], [[1.0], [0.0]]), [np.inf, 0.0])
+def test_mape_leaves_out_values_of_zero():
+    y, forecast = [[0.0, 100.0, 50.0], [0.0, 0.0, 0.0]], [[1.0, 90.0, 65.0], [0.0, 1.0, 2.0]]
+    np.testing.assert_allclose(metrics.mape(y, forecast), [20.0, NAN])
+    assert metrics.mape(y, forecast, aggregate="pooled") == pytest.approx(20.0)
+    np.testing.assert_allclose(metrics.mape(y, forecast, aggregate="step"), [NAN, 10.0, 30.0])
 
 
 @pytest.mark.parametrize("season", [4, 5])

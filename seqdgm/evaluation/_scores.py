@@ -28,16 +28,21 @@ def ratio(
     aggregate: Aggregate,
 ) -> Any:
     """Sum one array and another as `aggregate` says, points of unknown numerator left out."""
-    if aggregate not in get_args(Aggregate):
-        raise ValueError(
-            f"aggregate={aggregate!r} is unknown; choose 'series' (one number a series), 'pooled' "
-            "(all points weigh the same) or 'step' (one number a step of the horizon)"
-        )
+    check_aggregate(aggregate)
     axis = {"series": 1, "step": 0, "pooled": None}[aggregate]
     known = ~np.isnan(numerator)
     above = np.asarray(np.where(known, numerator, 0.0).sum(axis=axis))
     below = np.asarray(np.where(known, denominator, 0.0).sum(axis=axis))
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)[()]
+
+
+def check_aggregate(aggregate: Aggregate) -> None:
+    """Refuse an unknown way of averaging."""
+    if aggregate not in get_args(Aggregate):
+        raise ValueError(
+            f"aggregate={aggregate!r} is unknown; choose 'series' (one number a series), 'pooled' "
+            "(all points weigh the same) or 'step' (one number a step of the horizon)"
+        )
 
 
 def pair(y: Array, forecast: Array) -> tuple[Array, Array]:

@@ -23,11 +23,8 @@ def crps(
 
     .. math:: E|X - y| - \tfrac12 E|X - X'|
 
-    estimated without bias (the fair estimator) in its sorted form, which costs n log n:
-
-    .. math:: \frac1M \sum_i |x_i - y| - \frac{1}{M(M-1)} \sum_i (2i - M - 1)\, x_{(i)}
-
-    It is in the data's units, smaller is better, and equals the absolute error where the
+    estimated without bias (the fair estimator, in its equivalent sorted form, which costs
+    n log n). It is in the data's units, smaller is better, and equals the absolute error where the
     forecast is a point.
 
     Parameters
@@ -49,13 +46,15 @@ def crps(
     Gneiting and Raftery (2007), "Strictly proper scoring rules, prediction, and estimation", JASA
     102, section 4.2; Zamo and Naveau (2018), Mathematical Geosciences 50, equations 5 and 6.
     """
+    import scoringrules
+
     y, draws = draws_of(y, samples)
-    m = draws.shape[1]
-    error = np.abs(draws - y[:, None]).mean(axis=1)
     # Centred, so that the spread of large values does not drown in rounding.
-    ordered = np.sort(draws - draws.mean(axis=1, keepdims=True), axis=1)
-    weights = (2 * np.arange(1, m + 1) - m - 1) / (m * (m - 1))
-    return over_known(error - np.einsum("nmh,m->nh", ordered, weights), aggregate)
+    centre = draws.mean(axis=1)
+    score = scoringrules.crps_ensemble(
+        y - centre, draws - centre[:, None], m_axis=1, estimator="pwm", backend="numpy"
+    )
+    return over_known(score, aggregate)
 
 
 def quantile_score(
@@ -374,16 +373,21 @@ def pit(
 
 
 def _pinball(y: Array, quantile: Array, q: float) -> Array:
+    import scoringrules
+
     _check_probability(q)
-    return ((y < quantile) - q) * (quantile - y)
+    score: Array = scoringrules.quantile_score(y, quantile, q, backend="numpy")
+    return score
 
 
 def _winkler(y: Array, lo: Array, hi: Array, level: float) -> Array:
+    import scoringrules
+
     _check_level(level)
     y, lo = pair(y, lo)
     y, hi = pair(y, hi)
-    beyond = np.maximum(lo - y, 0.0) + np.maximum(y - hi, 0.0)
-    return (hi - lo) + 2.0 / (1 - level / 100) * beyond
+    score: Array = scoringrules.interval_score(y, lo, hi, 1 - level / 100, backend="numpy")
+    return score
 
 
 def _check_probability(q: float) -> None:

@@ -89,6 +89,7 @@ def energy_score(
     """
     from scipy.spatial.distance import pdist
 
+    # scoringrules has this score, in memory of the square of the draws times the dimensions.
     def score(y: Array, draws: Array) -> float:
         # The mean over the distinct pairs is the fair estimate of E|X - X'|.
         return float(np.linalg.norm(draws - y, axis=1).mean() - 0.5 * pdist(draws).mean())
@@ -135,7 +136,8 @@ def variogram_score(
     def score(y: Array, draws: Array) -> float:
         if len(y) < 2:
             return float("nan")
-        # One row of pairs at a time: all of them at once would hold draws x dim x dim numbers.
+        # One row of pairs at a time: all of them at once, as in scoringrules, would hold draws x
+        # dim x dim numbers.
         rows = [
             (np.abs(y - y[i]) ** p - (np.abs(draws - draws[:, [i]]) ** p).mean(axis=0)) ** 2
             for i in range(len(y))

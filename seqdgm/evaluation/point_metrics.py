@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
-from seqdgm.evaluation._scores import Aggregate, Array, history, over_known, pair
+from seqdgm.evaluation._scores import Aggregate, Array, check_aggregate, history, pair
 from seqdgm.evaluation.naive2 import naive2
 
 
@@ -50,12 +52,13 @@ def mase(
     Hyndman and Koehler (2006), "Another look at measures of forecast accuracy", International
     Journal of Forecasting 22(4), section 3.
     """
+    from utilsforecast import losses
+
     y, forecast = pair(y, forecast)
     scale = naive_scale(history(train, len(y)), season)[:, None]
-    error = np.abs(y - forecast)
-    return over_known(
-        np.divide(error, scale, out=np.full_like(error, np.nan), where=scale > 0), aggregate
-    )
+    # The scale differs by series, so that it has to go in before points are pooled.
+    unit = np.where(scale > 0, scale, np.nan)
+    return _loss(losses.mae, y / unit, forecast / unit, aggregate)
 
 
 def naive_scale(train: Float[Array, "series time"], season: int = 1) -> Float[Array, "series"]:
@@ -68,12 +71,14 @@ def naive_scale(train: Float[Array, "series time"], season: int = 1) -> Float[Ar
     >>> naive_scale([[1.0, 2.0, 4.0]])
     array([1.5])
     """
+    from utilsforecast import losses
+
     train = np.atleast_2d(np.asarray(train, dtype=float))
     if season < 1:
         raise ValueError(f"season={season!r} must be a whole number of steps, 1 or more")
     if train.shape[1] <= season:
         return np.full(len(train), np.nan)
-    scale: Array = over_known(np.abs(train[:, season:] - train[:, :-season]), "series")
+    scale: Array = _loss(losses.mae, train[:, season:], train[:, :-season], "series")
     return scale
 
 
@@ -100,11 +105,10 @@ def smape(
     appendix A; the sizes in the denominator as in Makridakis, Spiliotis and Assimakopoulos (2020),
     International Journal of Forecasting 36(1).
     """
-    y, forecast = pair(y, forecast)
-    size = np.abs(y) + np.abs(forecast)
-    error = 200.0 * np.abs(y - forecast)
-    # The error, not zero, where the size is NaN: the point is not known.
-    return over_known(np.divide(error, size, out=error.copy(), where=size > 0), aggregate)
+    from utilsforecast import losses
+
+    # utilsforecast divides by the sum of the two sizes, not by their mean, and gives a fraction.
+    return 200.0 * _loss(losses.smape, *pair(y, forecast), aggregate)
 
 
 def mape(
@@ -117,8 +121,8 @@ def mape(
 
     .. math:: \frac{100}{H} \sum_h \left|\frac{y_h - \hat y_h}{y_h}\right|
 
-    Infinite where a held-out value is 0 and its forecast is not; a term whose value and forecast
-    are both zero counts as 0.
+    A held-out value of zero has no percentage error and is left out; data with many of them want
+    another metric.
 
     Examples
     --------
@@ -129,10 +133,9 @@ def mape(
     ----------
     Hyndman and Koehler (2006), International Journal of Forecasting 22(4), section 2.2.
     """
-    y, forecast = pair(y, forecast)
-    error, size = 100.0 * np.abs(y - forecast), np.abs(y)
-    without_size = np.where(error > 0, np.inf, error)
-    return over_known(np.divide(error, size, out=without_size, where=size > 0), aggregate)
+    from utilsforecast import losses
+
+    return 100.0 * _loss(losses.mape, *pair(y, forecast), aggregate)
 
 
 def owa(
@@ -174,3 +177,13 @@ def owa(
     scores = [[smape(y, f), mase(y, f, train, season)] for f in (forecast, other)]
     mine, theirs = np.nanmean(np.array(scores), axis=2)
     return float((mine / theirs).mean())
+
+
+def _loss(loss: Callable[..., Any], y: Array, forecast: Array, aggregate: Aggregate) -> Any:
+    """Average a loss of utilsforecast over the groups of points that `aggregate` names."""
+    check_aggregate(aggregate)
+    series, step = np.indices(y.shape)
+    group = {"series": series, "step": step, "pooled": np.zeros_like(step)}[aggregate]
+    frame = pd.DataFrame({"unique_id": group.ravel(), "y": y.ravel(), "forecast": forecast.ravel()})
+    score = loss(frame, ["forecast"])["forecast"].to_numpy(dtype=float)
+    return score[0] if aggregate == "pooled" else score
