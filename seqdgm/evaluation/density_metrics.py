@@ -387,7 +387,7 @@ def _winkler(y: Array, lo: Array, hi: Array, level: float) -> Array:
     y, lo = pair(y, lo)
     y, hi = pair(y, hi)
     score: Array = scoringrules.interval_score(y, lo, hi, 1 - level / 100, backend="numpy")
-    return score
+    return score.reshape(y.shape)  # it drops axes of length one
 
 
 def _check_probability(q: float) -> None:
