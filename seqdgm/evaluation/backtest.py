@@ -2,74 +2,41 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
+from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Failure, Fitted, Record, attempt
+from seqdgm.evaluation.checkpoint import (
+    Checkpoint,
+    Part,
+    digest_model,
+    digest_panel,
+    digest_settings,
+)
+from seqdgm.evaluation.windows import Window, cut_windows, series_name
 from seqdgm.inference import warm_up
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
-from seqdgm.results import Forecast
 
-# What a model raises when the data or the arithmetic defeat it. Anything else (a wrong type, a
-# missing attribute) is a mistake in the code and is not swallowed.
-MODEL_ERRORS = (ArithmeticError, RuntimeError, ValueError)
+__all__ = [
+    "MODEL_ERRORS",
+    "Models",
+    "Run",
+    "backtest",
+    "cut_windows",
+    "name_models",
+    "run_parts",
+    "series_name",
+]
 
 Models = SequenceModel | Sequence[SequenceModel] | Mapping[str, SequenceModel]
-
-
-class Window(NamedTuple):
-    """One forecast origin: what may be seen, and what is held out.
-
-    Attributes
-    ----------
-    number : int
-        0 for the oldest.
-    train, held_out : Panel
-        History of each series, and the `horizon` steps after it.
-    inputs : Panel or None
-        Known covariates of the history and the horizon.
-    seed : int or None
-        Seed of this window, the same for every model.
-    """
-
-    number: int
-    train: Panel
-    held_out: Panel
-    inputs: Panel | None
-    seed: int | None
-
-    @property
-    def cutoff(self) -> list[Any]:
-        """Last time stamp that the models see, of each series."""
-        return [index[-1] for index in self.train.index]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one model did on one window; `forecast` is None where it failed, and `error` says why.
-
-    `fit_seconds` is 0 where the model was not refitted.
-    """
-
-    model: str
-    window: Window
-    forecast: Forecast | None
-    fit_seconds: float
-    forecast_seconds: float
-    error: str | None = None
-
-    @property
-    def failure(self) -> dict[str, Any]:
-        """Row of the list of failures."""
-        cutoff = self.window.cutoff
-        return {"model": self.model, "cutoff": cutoff[0], "error": self.error}
 
 
 def backtest(
@@ -86,6 +53,8 @@ def backtest(
     seed: int | None = None,
     progress: bool = False,
     fit_options: Mapping[str, Mapping[str, Any]] | None = None,
+    errors: Errors = "record",
+    cache: str | Path | None = None,
 ) -> pd.DataFrame:
     r"""Forecast from several origins in the past, each with what was known there.
 
@@ -119,19 +88,28 @@ def backtest(
         Show a progress bar on standard error.
     fit_options : dict of name to dict, optional
         Keyword arguments for the `fit` of the named models.
+    errors : {"record", "raise"}
+        What a failing model does: leave NaN and a note, or end the backtest. Where each series
+        has a fit of its own the others of the panel are fitted without the failing one.
+    cache : path, optional
+        Folder in which each finished model and window is kept (Parquet), and from which the same
+        call goes on after an interruption; needs a `seed`. Models may be added. Other data, other
+        settings, or another model of the same name are refused. With ``refit=False`` the windows
+        of a model share its fit, and are kept or repeated together.
 
     Returns
     -------
     DataFrame
         Columns ``unique_id, ds, cutoff, y``, then ``<name>, <name>-lo-80, <name>-hi-80, ...`` for
         each model; one row for each series, window and step. Where a model failed its columns are
-        NaN, a `RuntimeWarning` says so, and ``.attrs["failures"]`` lists model, cutoff (of the
-        first series) and error.
+        NaN, a `RuntimeWarning` says so, and ``.attrs["failures"]`` lists model, unique_id (None:
+        all series), cutoff (of that series, or the first) and error.
 
     Raises
     ------
     ValueError
-        For a series too short for the windows, or names that do not tell the models apart.
+        For a series too short for the windows, names that do not tell the models apart, or a
+        cache that holds another run.
 
     Examples
     --------
@@ -146,91 +124,132 @@ def backtest(
     Tashman (2000), "Out-of-sample tests of forecasting accuracy", International Journal of
     Forecasting 16(4): rolling-origin evaluation.
     """
-    named = name_models(models)
-    records = run_windows(
-        named,
+    run = Run(
+        name_models(models),
         Panel.of(y),
         horizon,
         n_windows=n_windows,
         step=step,
         refit=refit,
         inputs=inputs,
+        level=tuple(level),
         n_samples=n_samples,
         seed=seed,
         progress=progress,
-        fit_options=fit_options,
+        fit_options=fit_options or {},
+        errors=errors,
+        cache=cache,
     )
-    parts = [(record, forecast_columns(record, level)) for record in records]
-    frame = assemble(parts)
-    note_failures(frame, [record.failure for record, _ in parts if record.error is not None])
+    parts = list(run_parts(run, lambda record: (pd.DataFrame(), ())))
+    frame = assemble(run, parts)
+    note_failures(frame, failure_rows(run, parts))
     return frame
 
 
-def run_windows(
-    models: Mapping[str, SequenceModel],
-    panel: Panel,
-    horizon: int,
-    *,
-    n_windows: int,
-    step: int | None,
-    refit: bool,
-    inputs: Any,
-    n_samples: int,
-    seed: int | None,
-    progress: bool,
-    fit_options: Mapping[str, Mapping[str, Any]] | None,
-) -> Iterator[Record]:
-    """Yield a `Record` for each window and model, oldest window first.
+@dataclass(frozen=True)
+class Run:
+    """The arguments of `backtest`, checked, and the windows they cut."""
 
-    A generator, so that a forecast can be scored and let go before the next one is made.
-    """
-    options = dict(fit_options or {})
-    unknown = sorted(set(options) - set(models))
-    if unknown:
-        raise ValueError(f"fit_options names {unknown}, but the models are {list(models)}")
-    windows = cut_windows(panel, horizon, n_windows, step, inputs, seed)
-    for model in models.values():
-        warm_up(model)  # or the first model would be charged for imports and compilation
-    fitted: dict[str, SequenceModel] = {}
-    with _progress_bar(progress, len(models) * n_windows) as advance:
-        for window in windows:
-            for name, model in models.items():
-                advance(f"{name}, window {window.number + 1} of {n_windows}")
-                keep = None if refit else fitted
-                yield _run_one(name, model, window, n_samples, options.get(name, {}), keep)
+    models: Mapping[str, SequenceModel]
+    panel: Panel
+    horizon: int
+    n_windows: int
+    step: int | None
+    refit: bool
+    inputs: Any
+    level: tuple[float, ...]
+    n_samples: int
+    seed: int | None
+    progress: bool
+    fit_options: Mapping[str, Mapping[str, Any]]
+    errors: Errors
+    cache: str | Path | None
+    windows: list[Window] = field(init=False)
 
-
-def cut_windows(
-    panel: Panel,
-    horizon: int,
-    n_windows: int,
-    step: int | None,
-    inputs: Any = None,
-    seed: int | None = None,
-) -> list[Window]:
-    """Cut the forecast origins of `backtest` out of a panel."""
-    step = horizon if step is None else step
-    for name, value in (("horizon", horizon), ("n_windows", n_windows), ("step", step)):
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
-    span = horizon + (n_windows - 1) * step
-    short = np.flatnonzero(panel.lengths <= span)
-    if len(short):
-        n = short[0]
-        raise ValueError(
-            f"series {panel.ids[n]!r} has {panel.lengths[n]} steps, but {n_windows} window(s) of "
-            f"horizon {horizon} hold out {span} of them and something must be left to learn from; "
-            "use a shorter horizon, a smaller step or fewer windows"
+    def __post_init__(self) -> None:
+        """Check what no later step does, and cut the windows."""
+        unknown = sorted(set(self.fit_options) - set(self.models))
+        if unknown:
+            raise ValueError(f"fit_options names {unknown}, but the models are {list(self.models)}")
+        if self.errors not in get_args(Errors):
+            raise ValueError(f"errors={self.errors!r} is unknown; choose 'record' or 'raise'")
+        if self.cache is not None and self.seed is None:
+            raise ValueError(
+                "cache needs a seed: without one a continued run is not the run that began; pass "
+                "seed=0, say"
+            )
+        windows = cut_windows(
+            self.panel, self.horizon, self.n_windows, self.step, self.inputs, self.seed
         )
-    covariates = None if inputs is None else _covariates(panel, inputs)
-    windows = []
-    for number in range(n_windows):
-        after = (n_windows - 1 - number) * step
-        train, rest = panel.split(horizon + after)
-        held_out = rest.split(after)[0] if after else rest
-        known = covariates.split(after)[0] if covariates is not None and after else covariates
-        windows.append(Window(number, train, held_out, known, _window_seed(seed, number)))
-    return windows
+        object.__setattr__(self, "windows", windows)
+
+    def checkpoint(self, **settings: Any) -> Checkpoint | None:
+        """Open the cache; `settings` are what the caller's parts depend on besides the run's."""
+        if self.cache is None:
+            return None
+        names = ("horizon", "n_windows", "step", "refit", "level", "n_samples", "seed")
+        common = {name: getattr(self, name) for name in names}
+        inputs = self.windows[-1].inputs
+        return Checkpoint(
+            self.cache,
+            data=digest_settings(y=digest_panel(self.panel), inputs=digest_panel(inputs)),
+            settings=digest_settings(**common, **settings),
+            models={
+                name: digest_model(model, self.fit_options.get(name, {}))
+                for name, model in self.models.items()
+            },
+        )
+
+
+def run_parts(
+    run: Run,
+    score: Callable[[Record], tuple[pd.DataFrame, tuple[Failure, ...]]],
+    **settings: Any,
+) -> Iterator[Part]:
+    """Yield a `Part` for each window and model, oldest window first.
+
+    A generator, so that a forecast can be scored and let go before the next one is made: its draws
+    are many times the size of what is kept of it. `score` makes the rows of a record's metrics, and
+    says what of them failed; `settings` are what it depends on.
+    """
+    checkpoint = run.checkpoint(**settings)
+    finished = {} if checkpoint is None else _finished(run, checkpoint)
+    for name, model in run.models.items():
+        if any((name, window.number) not in finished for window in run.windows):
+            warm_up(model)  # or the first model would be charged for imports and compilation
+    fitted: dict[str, list[Fitted]] | None = None if run.refit else {}
+    with _progress_bar(run.progress, len(run.models) * run.n_windows) as advance:
+        for window in run.windows:
+            for name, model in run.models.items():
+                advance(f"{name}, window {window.number + 1} of {run.n_windows}")
+                if (name, window.number) in finished:
+                    yield finished[name, window.number]
+                    continue
+                options = run.fit_options.get(name, {})
+                record = attempt(name, model, window, run.n_samples, options, fitted, run.errors)
+                scores, failures = score(record)
+                part = Part(
+                    name,
+                    window.number,
+                    forecast_columns(record, run.level),
+                    scores,
+                    (*record.failures, *failures),
+                    record.fit_seconds,
+                    record.forecast_seconds,
+                    record.peak_mb,
+                )
+                if checkpoint is not None:
+                    checkpoint.save(part)
+                yield part
+
+
+def _finished(run: Run, checkpoint: Checkpoint) -> dict[tuple[str, int], Part]:
+    found = {}
+    for name in run.models:
+        parts = [checkpoint.load(name, window.number) for window in run.windows]
+        if run.refit or all(parts):
+            found.update({(name, part.number): part for part in parts if part is not None})
+    return found
 
 
 def name_models(models: Models) -> dict[str, SequenceModel]:
@@ -257,18 +276,29 @@ def forecast_columns(record: Record, level: Sequence[float]) -> pd.DataFrame:
         return frame.drop(columns=["unique_id", "ds"])
     names = [record.model]
     names += [f"{record.model}-{end}-{lv:g}" for lv in level for end in ("lo", "hi")]
-    return pd.DataFrame(np.nan, index=range(_rows(record.window)), columns=names)
+    held = record.window.held_out
+    return pd.DataFrame(np.nan, index=range(int(held.lengths.sum()) * held.n_dims), columns=names)
 
 
-def assemble(parts: Sequence[tuple[Record, pd.DataFrame]]) -> pd.DataFrame:
+def assemble(run: Run, parts: Sequence[Part]) -> pd.DataFrame:
     """Put the columns of `forecast_columns` side by side, one block of rows a window."""
-    blocks: dict[int, list[pd.DataFrame]] = {}
-    for record, columns in parts:
-        block = blocks.setdefault(record.window.number, [])
-        if not block:
-            block.append(_truth(record.window))
-        block.append(columns)
-    return pd.concat([pd.concat(block, axis=1) for block in blocks.values()], ignore_index=True)
+    blocks = []
+    for window in run.windows:
+        columns = [part.columns for part in parts if part.number == window.number]
+        blocks.append(pd.concat([window.truth(), *columns], axis=1))
+    return pd.concat(blocks, ignore_index=True)
+
+
+def failure_rows(run: Run, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Rows of the list of failures: model, unique_id (None: all series), cutoff, error."""
+    rows = []
+    for part in parts:
+        cutoff = run.windows[part.number].cutoff
+        for n, error in part.failures:
+            name = None if n is None else run.panel.ids[n]
+            row = {"model": part.model, "unique_id": name, "cutoff": cutoff[n or 0]}
+            rows.append({**row, "error": error})
+    return rows
 
 
 def note_failures(frame: pd.DataFrame, failures: list[dict[str, Any]]) -> None:
@@ -277,89 +307,14 @@ def note_failures(frame: pd.DataFrame, failures: list[dict[str, Any]]) -> None:
     if not failures:
         return
     first = failures[0]
+    whom = "" if first["unique_id"] is None else f" for series {first['unique_id']!r}"
     more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
     warnings.warn(
-        f"{first['model']} failed on the window after {first['cutoff']}: {first['error']}{more}; "
-        'what it could not give is NaN, see .attrs["failures"]',
+        f"{first['model']} failed on the window after {first['cutoff']}{whom}: "
+        f'{first["error"]}{more}; what it could not give is NaN, see .attrs["failures"]',
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def _run_one(
-    name: str,
-    model: SequenceModel,
-    window: Window,
-    n_samples: int,
-    options: Mapping[str, Any],
-    fitted: dict[str, SequenceModel] | None,
-) -> Record:
-    history = None
-    fit_seconds = forecast_seconds = 0.0
-    start = time.perf_counter()
-    try:
-        if fitted is not None and name in fitted:
-            active, history = fitted[name], window.train
-        else:
-            past = None if window.inputs is None else _past(window)
-            active = model.clone().fit(window.train, past, seed=window.seed, **options)
-            fit_seconds = time.perf_counter() - start
-            if fitted is not None:
-                fitted[name] = active
-        start = time.perf_counter()
-        horizon = int(window.held_out.lengths[0])
-        forecast = active.forecast(
-            horizon, history, window.inputs, n_samples=n_samples, seed=window.seed
-        )
-        forecast_seconds = time.perf_counter() - start
-    except MODEL_ERRORS as error:
-        text = f"{type(error).__name__}: {error}"
-        return Record(name, window, None, fit_seconds, forecast_seconds, text)
-    return Record(name, window, forecast, fit_seconds, forecast_seconds)
-
-
-def _truth(window: Window) -> pd.DataFrame:
-    held = window.held_out
-    parts = []
-    for n, cutoff in enumerate(window.cutoff):
-        ds = held.index[n]
-        for d in range(held.n_dims):
-            part = {"unique_id": series_name(held, n, d), "ds": ds, "cutoff": cutoff}
-            parts.append(pd.DataFrame({**part, "y": held.values[n, : len(ds), d]}))
-    return pd.concat(parts, ignore_index=True)
-
-
-def series_name(panel: Panel, n: int, d: int) -> Any:
-    """Name of column `d` of series `n` in long tables, as in `Forecast.to_frame`."""
-    if panel.n_dims == 1:
-        return panel.ids[n]
-    return panel.columns[d] if panel.n_series == 1 else f"{panel.ids[n]}/{panel.columns[d]}"
-
-
-def _rows(window: Window) -> int:
-    return int(window.held_out.lengths.sum()) * window.held_out.n_dims
-
-
-def _past(window: Window) -> Panel:
-    assert window.inputs is not None
-    return window.inputs.split(int(window.held_out.lengths[0]))[0]
-
-
-def _covariates(panel: Panel, inputs: Any) -> Panel:
-    known = Panel.of(inputs, name="inputs")
-    if known.n_series not in (1, panel.n_series) or (known.lengths != panel.lengths).any():
-        raise ValueError(
-            f"inputs has {known.n_series} series of {known.lengths.tolist()[:3]} steps, y has "
-            f"{panel.n_series} of {panel.lengths.tolist()[:3]}; give one row of inputs for each "
-            "step of y"
-        )
-    return known
-
-
-def _window_seed(seed: int | None, number: int) -> int | None:
-    if seed is None:
-        return None
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 @contextmanager

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from seqdgm.evaluation import metrics
+from seqdgm.evaluation import leaderboard
+from seqdgm.evaluation.attempt import Errors
 from seqdgm.evaluation.backtest import (
-    MODEL_ERRORS,
     Models,
-    Record,
-    Window,
+    Run,
     assemble,
-    forecast_columns,
+    failure_rows,
     name_models,
     note_failures,
-    run_windows,
+    run_parts,
 )
 from seqdgm.evaluation.defaults import default_models, infer_season
+from seqdgm.evaluation.significance import Ranking, rank_models
 from seqdgm.panel import Panel
-from seqdgm.results import Forecast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Fewer pairs cannot reach p < 0.05 in a two-sided signed-rank test, whatever the data say.
-MIN_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -42,22 +38,29 @@ class Comparison:
     table : DataFrame
         One row a model, best CRPS first (models that failed somewhere last). Columns: ``MASE``,
         ``sMAPE`` (0 to 200), ``CRPS`` (data units), ``coverage-80`` and ``coverage-95`` (per
-        cent), ``log_score`` (nats per held-out step, larger is better), each followed by its
+        cent), ``MSIS-80`` and ``MSIS-95``, for vectors ``CRPS_sum`` and ``energy_score`` (data
+        units), ``log_score`` (nats per held-out step, larger is better), each followed by its
         standard error ``<metric>-se``; ``log_score_kind`` ("exact", "estimate",
-        "lower bound" or "approximation"); ``p_value``; ``units``; ``fit_seconds`` and
-        ``forecast_seconds`` (totals over the windows, without imports and compilation).
+        "lower bound" or "approximation"); ``wQL`` (weighted quantile loss at 0.1, ..., 0.9, pooled
+        over all points); ``OWA`` (Naive2 is 1; NaN where a value is not positive); ``ACD-80`` and
+        ``ACD-95`` (per cent points); ``p_value`` and ``p_holm``; ``units``; ``fit_seconds`` and
+        ``forecast_seconds`` (totals over the windows, without imports and compilation);
+        ``peak_mb`` (growth of the process' resident memory at the peak, largest over the windows;
+        NaN off Linux).
     scores : DataFrame
         The same metrics for each unit: model, unique_id, window, cutoff.
     forecasts : DataFrame
         The frame of `seqdgm.backtest`.
     failures : list of dict
-        Model, cutoff and error text of whatever failed.
+        Model, unique_id (None: all series), cutoff and error text of whatever failed.
     panel : Panel
         The data.
     horizon, season : int
         Horizon of the windows and season of the MASE.
     baseline : str
         Model that the paired tests compare with.
+    test, aggregate : str
+        As given to `compare`.
 
     Notes
     -----
@@ -66,9 +69,15 @@ class Comparison:
     errors are the standard deviation over the units divided by the root of their number, NaN for
     a single unit; they take the units as independent, which overlapping windows are not.
 
-    ``p_value``: two-sided Wilcoxon signed-rank test of the paired differences in CRPS to
-    `baseline`, each divided by the MASE scale of its unit so that series of different size can be
-    ranked together; NaN below six pairs, where the test cannot reach 5 %.
+    With ``aggregate="pooled"`` the units are weighted by their numbers of known values, so that
+    every point weighs the same.
+
+    ``p_value``: two-sided test of the paired differences in CRPS to `baseline`, each divided by the
+    MASE scale of its unit so that series of different size can be taken together. "wilcoxon":
+    signed ranks of the units, which it takes as independent; NaN below six pairs, where it cannot
+    reach 5 %. "bootstrap": `paired_bootstrap` over the series, windows of one staying together.
+    "diebold-mariano": of the mean over the series at each window, in time; for one series or a few
+    and many windows. ``p_holm`` is adjusted for the number of models.
 
     References
     ----------
@@ -85,9 +94,45 @@ class Comparison:
     season: int
     baseline: str
     level: tuple[float, ...] = (80, 95)
+    test: leaderboard.Test = "wilcoxon"
+    aggregate: leaderboard.Weights = "series"
 
     def __repr__(self) -> str:
-        return f"Comparison(horizon={self.horizon}, season={self.season})\n{self.table}"
+        head = f"horizon={self.horizon}, season={self.season}"
+        return f"Comparison({head}: MASE with m = {self.season})\n{self.table}"
+
+    @property
+    def likelihoods(self) -> pd.DataFrame:
+        """Held-out log-likelihood of each model and what kind of number it is.
+
+        Columns: ``log_score`` (nats per held-out step, mean over the units), ``kind`` ("exact",
+        "estimate", "lower bound", "approximation"; only numbers of one kind compare directly, and
+        a model whose lower bound is above another's exact value is better), ``stderr`` (Monte
+        Carlo error of the mean: 0 where exact, NaN where unknown), ``se`` (over the units),
+        ``units``.
+        """
+        return leaderboard.likelihoods(self.scores, list(self.table.index))
+
+    def rank(self, metric: str = "CRPS", alpha: float = 0.05) -> Ranking:
+        """Rank the models unit by unit: Friedman and Nemenyi tests; see `rank_models`.
+
+        Parameters
+        ----------
+        metric : str
+            Column of `scores`, smaller is better; of ``"log_score"`` the larger is better.
+        alpha : float
+            Level of the tests.
+
+        Returns
+        -------
+        Ranking
+            ``.ranks``, ``.critical_difference``, ``.groups()`` and ``.plot()``, the
+            critical-difference diagram.
+        """
+        if metric not in self.scores or metric in ("model", "unique_id", "cutoff"):
+            raise ValueError(f"metric={metric!r} is not a column of scores")
+        wide = self.scores.pivot(index=["unique_id", "window"], columns="model", values=metric)
+        return rank_models(-wide if metric == "log_score" else wide, alpha)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, full precision, the models in the column ``model``."""
@@ -119,6 +164,10 @@ def compare(
     progress: bool = False,
     fit_options: Mapping[str, Mapping[str, Any]] | None = None,
     baseline: str | None = None,
+    test: leaderboard.Test = "wilcoxon",
+    aggregate: leaderboard.Weights = "series",
+    errors: Errors = "record",
+    cache: str | Path | None = None,
 ) -> Comparison:
     """Score models side by side on held-out data.
 
@@ -134,11 +183,16 @@ def compare(
     season : int, optional
         Season length in steps, for the MASE; default that of the data set or of the time index
         (12 for monthly data), 1 where there is none.
-    n_windows, step, refit, inputs, level, n_samples, seed, progress, fit_options
+    n_windows, step, refit, inputs, level, n_samples, seed, progress, fit_options, errors, cache
         As in `seqdgm.backtest`; `n_samples` is also the number of draws behind the CRPS.
     baseline : str, optional
         Model that the paired tests compare with; default ``"SeasonalNaive"`` where it takes part,
         else the first model.
+    test : {"wilcoxon", "bootstrap", "diebold-mariano"}
+        Paired test behind the p-values; see `Comparison`.
+    aggregate : {"series", "pooled"}
+        Whether the means of the table are over the series' own scores, as in M4, or over all
+        points, as in M3 and Tourism.
 
     Returns
     -------
@@ -148,7 +202,8 @@ def compare(
     Raises
     ------
     ValueError
-        Without a horizon, for a series too short, or for a baseline that does not take part.
+        Without a horizon, for a series too short, for a baseline that does not take part, an
+        unknown test or weighting, and a cache of another run.
 
     Examples
     --------
@@ -158,11 +213,11 @@ def compare(
     >>> list(result.table.index)
     ['SeasonalNaive']
     """
+    leaderboard.check_choices(test, aggregate)
     panel, horizon, season, defaults = _settings(data, horizon, season)
     named = name_models(default_models(season, horizon, defaults) if models is None else models)
     baseline = _baseline(named, baseline)
-    parts, scores, failures = [], [], []
-    for record in run_windows(
+    run = Run(
         named,
         panel,
         horizon,
@@ -170,22 +225,39 @@ def compare(
         step=step,
         refit=refit,
         inputs=inputs,
+        level=tuple(level),
         n_samples=n_samples,
         seed=seed,
         progress=progress,
-        fit_options=fit_options,
-    ):
-        rows, failure = _score(record, season, level, n_samples)
-        scores.append(rows)
-        failures += failure
-        # The draws of a forecast are many times the size of what is kept of it.
-        parts.append((replace(record, forecast=None), forecast_columns(record, level)))
-    units = pd.concat(scores, ignore_index=True)
-    forecasts = assemble(parts)
+        fit_options=fit_options or {},
+        errors=errors,
+        cache=cache,
+    )
+    parts = list(
+        run_parts(
+            run,
+            lambda record: leaderboard.score(record, season, level, n_samples),
+            scored_with_season=season,
+        )
+    )
+    units = leaderboard.units(run, parts)
+    forecasts, failures = assemble(run, parts), failure_rows(run, parts)
     note_failures(forecasts, failures)
-    table = _table(units, [record for record, _ in parts], level, baseline)
+    table = leaderboard.table(
+        run, units, parts, season=season, baseline=baseline, test=test, aggregate=aggregate
+    )
     return Comparison(
-        table, units, forecasts, failures, panel, horizon, season, baseline, tuple(level)
+        table,
+        units,
+        forecasts,
+        failures,
+        panel,
+        horizon,
+        season,
+        baseline,
+        run.level,
+        test,
+        aggregate,
     )
 
 
@@ -212,105 +284,3 @@ def _baseline(models: Mapping[str, Any], baseline: str | None) -> str:
     if baseline not in models:
         raise ValueError(f"baseline={baseline!r} is not among the models {list(models)}")
     return baseline
-
-
-def _score(
-    record: Record, season: int, level: Sequence[float], n_samples: int
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Metrics of one record, a row for each series, and what could not be computed."""
-    window = record.window
-    rows = pd.DataFrame(
-        {
-            "model": record.model,
-            "unique_id": list(window.train.ids),
-            "window": window.number,
-            "cutoff": window.cutoff,
-        }
-    )
-    forecast = record.forecast
-    failures = [] if record.error is None else [record.failure]
-    values: dict[str, Any] = dict.fromkeys(["scale", *_metric_names(level)], np.nan) | {
-        "log_score_kind": None
-    }
-    if forecast is not None:
-        try:
-            values |= _accuracy(forecast, window, season, level, n_samples)
-            log_prob = forecast.log_prob(window.held_out)
-            values["log_score"] = metrics.log_score(log_prob, window.held_out.values)
-            values["log_score_kind"] = log_prob.kind
-        except MODEL_ERRORS as error:
-            text = f"scoring: {type(error).__name__}: {error}"
-            failures.append(replace(record, error=text).failure)
-    return rows.assign(**values), failures
-
-
-def _accuracy(
-    forecast: Forecast, window: Window, season: int, level: Sequence[float], n_samples: int
-) -> dict[str, np.ndarray]:
-    """Metrics of the marginal forecasts, (series,) each; columns of a series are averaged."""
-    n, _, dim = window.held_out.values.shape
-
-    def flat(values: np.ndarray) -> np.ndarray:
-        return np.moveaxis(values, -1, 1).reshape(n * dim, *values.shape[1:-1])
-
-    def mean(score: np.ndarray) -> np.ndarray:
-        known = ~np.isnan(score.reshape(n, dim))
-        total = np.where(known, score.reshape(n, dim), 0.0).sum(axis=1)
-        count = known.sum(axis=1)
-        return np.divide(total, count, out=np.full(n, np.nan), where=count > 0)
-
-    y, point, train = flat(window.held_out.values), flat(forecast.mean), flat(window.train.values)
-    samples = forecast.sample(n_samples, seed=window.seed)
-    out = {
-        "scale": mean(metrics.naive_scale(train, season)),
-        "MASE": mean(metrics.mase(y, point, train, season)),
-        "sMAPE": mean(metrics.smape(y, point)),
-        "CRPS": mean(metrics.crps(y, flat(samples))),
-    }
-    for lv in level:
-        lo, hi = forecast.interval(lv)
-        out[f"coverage-{lv:g}"] = mean(metrics.coverage(y, flat(lo), flat(hi)))
-    return out
-
-
-def _metric_names(level: Sequence[float]) -> list[str]:
-    return ["MASE", "sMAPE", "CRPS", *(f"coverage-{lv:g}" for lv in level), "log_score"]
-
-
-def _table(
-    units: pd.DataFrame, records: Sequence[Record], level: Sequence[float], baseline: str
-) -> pd.DataFrame:
-    reference = _scaled_crps(units, baseline)
-    rows = {}
-    for name, group in units.groupby("model", sort=False):
-        row: dict[str, Any] = {}
-        for metric in _metric_names(level):
-            row[metric] = group[metric].mean()
-            row[f"{metric}-se"] = group[metric].sem()
-        row["log_score_kind"] = ", ".join(sorted(group["log_score_kind"].dropna().unique()))
-        row["p_value"] = np.nan if name == baseline else _paired(units, str(name), reference)
-        row["units"] = int(group["CRPS"].notna().sum())
-        mine = [record for record in records if record.model == name]
-        row["fit_seconds"] = sum(record.fit_seconds for record in mine)
-        row["forecast_seconds"] = sum(record.forecast_seconds for record in mine)
-        rows[name] = row
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
-    # A mean over fewer units, the hard ones gone, must not win.
-    incomplete = table["units"] < table["units"].max()
-    order = table.assign(incomplete=incomplete).sort_values(["incomplete", "CRPS"]).index
-    return table.loc[order]
-
-
-def _scaled_crps(units: pd.DataFrame, name: str) -> pd.Series:
-    mine = units[units["model"] == name].set_index(["unique_id", "window"])
-    return mine["CRPS"] / mine["scale"]
-
-
-def _paired(units: pd.DataFrame, name: str, reference: pd.Series) -> float:
-    from scipy.stats import wilcoxon
-
-    difference = (_scaled_crps(units, name) - reference).dropna()
-    difference = difference[difference != 0]
-    if len(difference) < MIN_PAIRS:
-        return float("nan")
-    return float(wilcoxon(difference.to_numpy()).pvalue)

@@ -1,0 +1,154 @@
+"""Finished parts of a backtest in a folder, from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from seqdgm.evaluation.attempt import Failure
+from seqdgm.panel import Panel
+from seqdgm.serialize import write_whole
+
+
+class Part(NamedTuple):
+    """What is kept of one model on one window.
+
+    Attributes
+    ----------
+    columns : DataFrame
+        Mean and intervals, the rows of `Window.truth`.
+    scores : DataFrame
+        Metrics, a row a series; empty in a mere backtest.
+    """
+
+    model: str
+    number: int
+    columns: pd.DataFrame
+    scores: pd.DataFrame
+    failures: tuple[Failure, ...]
+    fit_seconds: float
+    forecast_seconds: float
+    peak_mb: float
+
+
+class Checkpoint:
+    """A folder of parts: ``run.json`` says of what run, two Parquet files hold each part.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is not there.
+    data, settings : str
+        Digests of what every part depends on.
+    models : mapping of str to str
+        Digest of each model with its options.
+
+    Raises
+    ------
+    ValueError
+        Where the folder holds parts of other data, settings, or of another model of the same name.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, data: str, settings: str, models: Mapping[str, str]
+    ) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._digests = dict(models)
+        run = self.folder / "run.json"
+        held = json.loads(run.read_text()) if run.is_file() else {}
+        found = {"data": data, "settings": settings, "models": held.get("models", {}) | models}
+        what = [key for key in ("data", "settings") if held.get(key, found[key]) != found[key]]
+        what += [
+            f"model {name!r}"
+            for name, digest in models.items()
+            if held.get("models", {}).get(name, digest) != digest
+        ]
+        if what:
+            raise ValueError(
+                f"cache {str(self.folder)!r} holds the parts of another run: its "
+                f"{', '.join(what)} differ from those given; name another folder, or delete this "
+                "one to start afresh"
+            )
+        write_whole(run, json.dumps(found, indent=1, sort_keys=True).encode())
+
+    def load(self, model: str, number: int) -> Part | None:
+        """Return a finished part, or None."""
+        note = self._path(model, number, "json")
+        if not note.is_file():
+            return None
+        held = json.loads(note.read_text())
+        columns, scores = (pd.read_parquet(self._path(model, number, name)) for name in _FRAMES)
+        failures = tuple(Failure(*failure) for failure in held["failures"])
+        times = [float(held[name]) for name in _TIMES]
+        return Part(model, number, columns, scores, failures, *times)
+
+    def save(self, part: Part) -> None:
+        """Write a part; it counts as finished once its last file, the note, is there."""
+        for name in _FRAMES:
+            payload = getattr(part, name).to_parquet(None)
+            write_whole(self._path(part.model, part.number, name), payload)
+        note = {key: getattr(part, key) for key in ("failures", *_TIMES)}
+        write_whole(self._path(part.model, part.number, "json"), json.dumps(note).encode())
+
+    def _path(self, model: str, number: int, what: str) -> Path:
+        # The digest names the file: a model's own name may hold what no file name can.
+        stem = f"{self._digests[model][:16]}-{_digest(model)[:8]}-{number:05d}"
+        return self.folder / (f"{stem}.json" if what == "json" else f"{stem}.{what}.parquet")
+
+
+_FRAMES = ("columns", "scores")
+_TIMES = ("fit_seconds", "forecast_seconds", "peak_mb")
+
+
+def digest_panel(panel: Panel | None) -> str:
+    """Digest of the values, lengths, names and time stamps of a panel."""
+    if panel is None:
+        return _digest(None)
+    stamps = [(str(index.dtype), str(index[0]), str(index[-1])) for index in panel.index]
+    return _digest(
+        [panel.values, panel.lengths, list(map(repr, panel.ids)), list(panel.columns), stamps]
+    )
+
+
+def digest_model(model: Any, options: Mapping[str, Any]) -> str:
+    """Digest of a model's class, its hyperparameters and the options of its fit."""
+    kind = f"{type(model).__module__}:{type(model).__qualname__}"
+    return _digest([kind, model.get_params(), dict(options)])
+
+
+def digest_settings(**settings: Any) -> str:
+    """Digest of keyword arguments."""
+    return _digest(settings)
+
+
+def _digest(value: Any) -> str:
+    state = hashlib.sha256()
+    _feed(state, value)
+    return state.hexdigest()
+
+
+def _feed(state: Any, value: Any) -> None:
+    """Hash by content; whatever has no content of its own counts by its `repr`."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    state.update(type(value).__name__.encode())
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        state.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=repr):
+            _feed(state, key)
+            _feed(state, value[key])
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        state.update(str(len(value)).encode())
+        for item in value:
+            _feed(state, item)
+    else:
+        state.update(repr(value).encode() + b"\0")
