@@ -182,8 +182,9 @@ def owa(
 def _loss(loss: Callable[..., Any], y: Array, forecast: Array, aggregate: Aggregate) -> Any:
     """Average a loss of utilsforecast over the groups of points that `aggregate` names."""
     check_aggregate(aggregate)
-    series, step = np.indices(y.shape)
-    group = {"series": series, "step": step, "pooled": np.zeros_like(step)}[aggregate]
-    frame = pd.DataFrame({"unique_id": group.ravel(), "y": y.ravel(), "forecast": forecast.ravel()})
+    n, steps = y.shape
+    points = np.arange(n * steps)
+    group = {"series": points // steps, "step": points % steps, "pooled": 0 * points}[aggregate]
+    frame = pd.DataFrame({"unique_id": group, "y": y.ravel(), "forecast": forecast.ravel()})
     score = loss(frame, ["forecast"])["forecast"].to_numpy(dtype=float)
     return score[0] if aggregate == "pooled" else score
