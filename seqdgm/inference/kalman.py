@@ -274,18 +274,17 @@ def simulate(
     """Draw states and observations, `n` joint trajectories of each series."""
     f, q, b = _at_length(system.F, steps), _root(system.Q), _at_length(system.b, steps)
     dim = system.m0.shape[-1]
-    noise = _normal((series, n, steps, dim), system.m0, generator)
-    first = _root(system.P0)
-    z = (first[:, None] @ noise[:, :, 0, :, None])[..., 0] + system.m0[:, None]
+    noise = _normal((series, n, steps, dim), system.m0, generator).transpose(1, 2)
+    z = noise[:, 0] @ _root(system.P0).mT + system.m0[:, None]
     states = [z.expand(series, n, dim)]
-    shock = _at_length(q, steps)
+    shocks = noise @ _at_length(q, steps).mT
     for t in range(1, steps):
-        z = (f[:, t, None] @ states[-1][..., None])[..., 0] + b[:, t, None]
-        states.append(z + (shock[:, t, None] @ noise[:, :, t, :, None])[..., 0])
-    path = torch.stack(states, 2)
-    x = (system.H[:, None] @ path[..., None])[..., 0] + system.d[:, None]
-    error = _normal(x.shape, system.m0, generator)
-    return path, x + (_root(system.R)[:, None] @ error[..., None])[..., 0]
+        states.append(states[-1] @ f[:, t].mT + b[:, t, None] + shocks[:, t])
+    path = torch.stack(states, 1)
+    x = path @ system.H.mT + system.d[:, :, None]
+    error = _normal((series, n, steps, x.shape[-1]), system.m0, generator).transpose(1, 2)
+    x = x + error @ _root(system.R).mT
+    return path.transpose(1, 2), x.transpose(1, 2)
 
 
 def _diffuse(model: StateSpaceModel, batch: Batch, system: System) -> Diffuse | None:
