@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from seqdgm.evaluation.numbers import MINUS, NOTHING, digits, p_text, text
+from seqdgm.evaluation.numbers import MINUS, NO_BREAK, NOTHING, digits, p_text, text
 from seqdgm.serialize import write_whole
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ _ESCAPES = {
     ">": r"\textgreater{}",
     MINUS: "$-$",
     NOTHING: "--",
+    NO_BREAK: "~",
     "\n": " ",
 }
 

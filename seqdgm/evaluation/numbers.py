@@ -9,14 +9,15 @@ import numpy as np
 
 MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 _HUGE = 1e7
 
 
 def digits(values: Sequence[float], errors: Sequence[float] | None = None) -> int:
     """Decimals at which a column of numbers is printed.
 
-    Two significant digits of the median standard error where there are any, else three of the median
-    size; between 0 and 6.
+    Two significant digits of the median standard error where there are any, else three of the
+    median size; between 0 and 6.
 
     Examples
     --------
@@ -46,11 +47,11 @@ def text(value: float, decimals: int) -> str:
 
 
 def p_text(value: float) -> str:
-    """Print a p-value.
+    r"""Print a p-value.
 
     Examples
     --------
     >>> p_text(0.0312), p_text(1e-5)
-    ('0.031', '< 0.001')
+    ('0.031', '<\xa00.001')
     """
-    return "< 0.001" if value < 0.001 else text(value, 3)
+    return f"<{NO_BREAK}0.001" if value < 0.001 else text(value, 3)

@@ -189,24 +189,27 @@ def _finding(comparison: Comparison) -> str:
     text += f"; the baseline {tables.escape(baseline)} has {other}"
     if not np.isfinite(row["p_holm"]):
         return f"{text}. There are too few scores for a test of the difference."
-    p = tables.escape(p_text(row["p_holm"]))
-    sign = "" if p.startswith("&lt;") else "= "
-    return f"{text} (p {sign}{p}, adjusted for the number of models)."
+    return f"{text} ({_p(row['p_holm'])}, adjusted for the number of models)."
+
+
+def _p(value: float) -> str:
+    shown = tables.escape(p_text(value))
+    return f"p&nbsp;{shown}" if shown.startswith("&lt;") else f"p&nbsp;=&nbsp;{shown}"
 
 
 def _ranks(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    p = tables.escape(p_text(found["p"]))
+    p = _p(found["p"])
     out = ", ".join(map(tables.escape, found["left_out"]))
     left = f" Left out, for a failure somewhere: {out}." if out else ""
     return (
         '<div id="ranking" class="plot" role="group" '
         'aria-label="Critical-difference diagram of the mean ranks"></div>'
         f'<p class="note">Ranks by CRPS on {found["units"]} units that every model was scored on. '
-        f"Friedman test that all rank alike: p {'' if p.startswith('&lt;') else '= '}{p}. A bar "
-        "joins models whose mean ranks differ by less than the critical difference of the Nemenyi "
-        f"test at {100 * found['alpha']:g}&nbsp;%: these the data do not tell apart. Units are taken as "
+        f"Friedman test that all rank alike: {p}. A bar joins models whose mean ranks differ by "
+        "less than the critical difference of the Nemenyi test at "
+        f"{100 * found['alpha']:g}&nbsp;%: these the data do not tell apart. Units are taken as "
         f"independent, which overlapping windows are not.{left}</p>"
     )
 
@@ -244,8 +247,9 @@ def _calibration(comparison: Comparison, data: dict[str, Any]) -> str:
         "holds 95&nbsp;% of the bars of a calibrated model, were the values independent.</p>"
         '<div id="transforms" class="grid"></div>'
         "<h3>Coverage by step</h3>"
-        f'<p class="note">{_count(per_step, "held-out value")} a step.{few} Dashed: nominal; the grey band '
-        "holds 95&nbsp;% of the shares of a calibrated model, were the values independent.</p>"
+        f'<p class="note">{_count(per_step, "held-out value")} a step.{few} Dashed: nominal; the '
+        "grey band holds 95&nbsp;% of the shares of a calibrated model, were the values "
+        "independent.</p>"
         f'{_legend(comparison)}<div id="coverage" class="grid wide"></div>'
         f"{tables.calibration(comparison)}"
     )
@@ -258,17 +262,14 @@ def _legend(comparison: Comparison) -> str:
 
 def _states(found: list[dict[str, Any]]) -> str:
     if not found:
-        return (
-            "<p>No model here has a random state with a smoother: forecasts of recurrent networks "
-            "and naive rules carry none.</p>"
-        )
+        return "<p>No model here has states that an engine smooths.</p>"
     return (
         '<div class="controls"><label>model <select id="states-model"></select></label>'
         '<label>series <select id="states-series"></select></label></div>'
         '<div id="states" class="grid"></div>'
         '<p class="note">Solid: smoothed, given the whole history before the last window. Dotted: '
-        f"predicted. Bands: ±&nbsp;1.96 standard deviations. At most {MAX_SERIES} series, the first "
-        f"{MAX_STATES} states and the last {MAX_STEPS} steps are kept.</p>"
+        f"predicted. Bands: ±&nbsp;1.96 standard deviations. At most {MAX_SERIES} series, the "
+        f"first {MAX_STATES} states and the last {MAX_STEPS} steps are kept.</p>"
     )
 
 

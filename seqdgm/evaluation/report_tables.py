@@ -222,8 +222,8 @@ def cost(comparison: Comparison) -> str:
     return render(
         columns,
         "Time and memory",
-        f"Wall time of all {windows} window(s), without imports and compilation; per 1,000 series on "
-        "one window each. Memory: growth of "
+        f"Wall time of all {windows} window(s), without imports and compilation; per 1,000 series "
+        "on one window each. Memory: growth of "
         "the process' resident memory at its peak, the largest over the windows; what an earlier "
         "model had taken and not given back is not counted again.",
     )

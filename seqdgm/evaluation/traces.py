@@ -42,7 +42,7 @@ def trace(record: Record, *, states: bool) -> tuple[pd.DataFrame, tuple[Failure,
         ``kind, series, name, step, value, std``. Kind ``"objective"`` and ``"validation"``: value
         after an iteration, counted from 1, the unit as the name; ``"kept"``: the iteration whose
         weights were kept. Kind ``"smoothed"`` and ``"predicted"``: moments of the named state at a
-        step of the series, counted from 0. Models without a random state have none.
+        step of the series, counted from 0. Models that no engine smooths have none.
     tuple of Failure
         What could not be smoothed.
     """
@@ -131,8 +131,6 @@ def _states(record: Record, one: Fitted, rows: list[int]) -> Iterator[pd.DataFra
     # Told apart by name, so that some series of an array find their parameters among all.
     history = replace(window.train, container="panel")
     smoothed = one.model.smooth(history, window.past_inputs, n_particles=_N_PATHS, seed=window.seed)
-    if not np.nanmax(smoothed.std, initial=0.0) > 0:
-        return  # a recurrent network's state is computed, and there is no posterior to show
     assert record.forecast is not None
     future = record.forecast.states
     for k, name in enumerate(smoothed.names[:MAX_STATES]):

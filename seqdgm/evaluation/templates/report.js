@@ -63,7 +63,7 @@
   const draw = (element, build) => {
     drawn.set(element, build);
     const [traces, shape] = build();
-    if (root.classList.contains("printing")) shape.width = Math.min(element.clientWidth, 670);
+    if (root.classList.contains("printing")) shape.width = element.clientWidth;
     return Plotly.react(element, traces, shape, config);
   };
   const redraw = () => drawn.forEach((build, element) => draw(element, build));
@@ -463,7 +463,9 @@
   }
 
   // -- light, dark, paper ---------------------------------------------------------------------
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  for (const query of ["(prefers-color-scheme: dark)", "print"]) {
+    matchMedia(query).addEventListener("change", redraw);
+  }
   const folded = [...document.querySelectorAll("details")];
   let open = [];
   addEventListener("beforeprint", () => {
@@ -476,6 +478,7 @@
     folded.forEach((one, k) => (one.open = open[k]));
     root.classList.remove("printing");
     redraw();
+    drawn.forEach((_, element) => Plotly.Plots.resize(element)); // from the width of the paper
   });
   root.dataset.ready = "true";
 })();
