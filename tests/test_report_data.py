@@ -13,7 +13,7 @@ from scipy import stats
 from standins import Fragile, LastValue
 
 import seqdgm as sq
-from seqdgm.evaluation import metrics
+from seqdgm.evaluation import metrics, traces
 from seqdgm.evaluation.numbers import digits, text
 from seqdgm.evaluation.report_figures import payload, positions, rounded
 from seqdgm.evaluation.traces import MAX_STATES, evenly
@@ -278,8 +278,12 @@ def test_latex_holds_the_rounded_table_and_escapes_names(walks, tmp_path):
         result.to_latex(columns=["speed"])
 
 
-def test_states_are_at_most_so_many():
+def test_states_are_at_most_so_many(monkeypatch):
     y = np.arange(60.0) % 12 + np.random.default_rng(0).normal(size=60)
     model = sq.SeasonalNaive(season=12)
     found = sq.compare(model, y, horizon=2, season=12, n_samples=20, seed=0).states
     assert found["state"].nunique() == MAX_STATES
+    monkeypatch.setattr(traces, "MAX_SMOOTHED", 57)
+    none = sq.compare(model, y, horizon=2, season=12, n_samples=20, seed=0)
+    assert none.states.empty
+    assert np.isfinite(none.table["CRPS"]).all()

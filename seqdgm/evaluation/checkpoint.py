@@ -108,10 +108,12 @@ class Checkpoint:
         if not note.is_file():
             return None
         held = json.loads(note.read_text())
-        frames = [pd.read_parquet(self._path(model, number, name)) for name in _FRAMES]
+        columns, scores, pit, traces = (
+            pd.read_parquet(self._path(model, number, name)) for name in _FRAMES
+        )
         failures = tuple(Failure(*failure) for failure in held["failures"])
         times = [float(held[name]) for name in _TIMES]
-        return Part(model, number, *frames, failures, *times)
+        return Part(model, number, columns, scores, pit, traces, failures, *times)
 
     def save(self, part: Part) -> None:
         """Write a part; it counts as finished once its last file, the note, is there."""

@@ -70,8 +70,8 @@ class Comparison:
     states : DataFrame
         ``model, unique_id, ds, kind, state, mean, std``: smoothed states of the last window (given
         its whole history) and the predicted ones after it, in the units of the model; the last 300
-        steps and first 8 states of up to 8 series, evenly chosen. Models that no engine smooths
-        have none.
+        steps and first 8 states of up to 8 series, evenly chosen. None for models that no engine
+        smooths, and for series of more than 20,000 steps.
     training : DataFrame
         ``model, window, curve, unit, iteration, value`` of every fit by iterations: ``curve`` is
         "objective", "validation", or "kept", at the epoch whose weights were kept.

@@ -84,7 +84,7 @@ def to_latex(
     model & MASE \\
     """
     table = comparison.table
-    chosen = _default_columns(table) if columns is None else list(columns)
+    chosen = _default_columns(comparison) if columns is None else list(columns)
     unknown = [name for name in chosen if name not in table]
     if unknown:
         raise ValueError(f"the table has no column {unknown[0]!r}; it has {list(table.columns)}")
@@ -120,9 +120,11 @@ def best(table: pd.DataFrame, name: str) -> np.ndarray:
     return (values == values.min()).to_numpy()
 
 
-def _default_columns(table: pd.DataFrame) -> list[str]:
-    coverages = [name for name in table if str(name).startswith("coverage-") and "-se" not in name]
-    names = [*LOSSES[:-1], *coverages, "log_score", "p_value", "p_holm"]
+def _default_columns(comparison: Comparison) -> list[str]:
+    table = comparison.table
+    coverages = [f"coverage-{level:g}" for level in comparison.level]
+    losses = [name for name in LOSSES if name != "OWA"]
+    names = [*losses, *coverages, "log_score", "p_value", "p_holm"]
     return [name for name in names if name in table and not table[name].isna().all()]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+import seqdgm
 from seqdgm.evaluation.backtest import Run
 
 _PACKAGES = (
-    "seqdgm",
     "torch",
     "numpy",
     "scipy",
@@ -42,6 +42,7 @@ def describe(run: Run) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Python, packages and machine."""
-    found = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    found = {"seqdgm": seqdgm.__version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in _PACKAGES}
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical processors"
     return found | {"machine": f"{machine}, {torch.get_num_threads()} thread(s) used by torch"}

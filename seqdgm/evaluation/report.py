@@ -16,7 +16,7 @@ from seqdgm.evaluation import report_tables as tables
 from seqdgm.evaluation.numbers import digits, p_text
 from seqdgm.evaluation.numbers import text as number
 from seqdgm.evaluation.report_figures import payload
-from seqdgm.evaluation.traces import MAX_SERIES, MAX_STATES, MAX_STEPS
+from seqdgm.evaluation.traces import MAX_SERIES, MAX_SMOOTHED, MAX_STATES, MAX_STEPS
 from seqdgm.serialize import write_whole
 
 if TYPE_CHECKING:
@@ -262,7 +262,10 @@ def _legend(comparison: Comparison) -> str:
 
 def _states(found: list[dict[str, Any]]) -> str:
     if not found:
-        return "<p>No model here has states that an engine smooths.</p>"
+        return (
+            "<p>No states were kept: no model here has an engine that smooths, or a series has "
+            f"more than {MAX_SMOOTHED:,} steps.</p>"
+        )
     return (
         '<div class="controls"><label>model <select id="states-model"></select></label>'
         '<label>series <select id="states-series"></select></label></div>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MAX_SERIES = 8  # whose states are kept, evenly chosen
 MAX_STATES = 8  # the first of each model
 MAX_STEPS = 300  # the last of each series' history, and points of a training curve
-# Steps that are smoothed in all: a state of dimension Z costs Z^2 numbers at each.
-_MAX_WORK = 20_000
+# Steps that are smoothed in all, and of one series: a state of dimension Z costs Z^2 numbers each.
+MAX_SMOOTHED = 20_000
 _N_PATHS = 200  # of a Monte-Carlo smoother
 
 _COLUMNS = {
@@ -50,11 +50,9 @@ def trace(record: Record, *, states: bool) -> tuple[pd.DataFrame, tuple[Failure,
     failures: list[Failure] = []
     if record.fitted and record.fit_seconds > 0:
         frames += _training(max(record.fitted, key=lambda one: len(one.rows)))
-    if states and record.forecast is not None:
-        chosen = evenly(
-            record.window.train.n_series,
-            min(MAX_SERIES, _MAX_WORK // max(record.window.train.n_steps, 1)),
-        )
+    history = record.window.train
+    if states and record.forecast is not None and history.n_steps <= MAX_SMOOTHED:
+        chosen = evenly(history.n_series, min(MAX_SERIES, MAX_SMOOTHED // history.n_steps))
         for one in record.fitted:
             rows = [n for n in one.rows if n in chosen]
             try:
@@ -81,9 +79,9 @@ def training_table(parts: Sequence[Part]) -> pd.DataFrame:
     blocks = []
     for part in parts:
         curves = part.traces[part.traces["kind"].isin(["objective", "validation", "kept"])]
-        head = {"model": part.model, "window": part.number, "curve": curves["kind"]}
-        head |= {"unit": curves["name"], "iteration": curves["step"], "value": curves["value"]}
-        blocks.append(pd.DataFrame(head))
+        columns = {"model": part.model, "window": part.number, "curve": curves["kind"]}
+        columns |= {"unit": curves["name"], "iteration": curves["step"], "value": curves["value"]}
+        blocks.append(pd.DataFrame(columns))
     return pd.concat(blocks, ignore_index=True)
 
 
@@ -92,12 +90,18 @@ def states_table(run: Run, parts: Sequence[Part]) -> pd.DataFrame:
     blocks = []
     for part in parts:
         kept = part.traces[part.traces["kind"].isin(["smoothed", "predicted"])]
-        for n, own in kept.groupby("series", sort=False):
-            head = {"model": part.model, "unique_id": run.panel.ids[int(n)]}  # type: ignore[call-overload]
-            head |= {"ds": run.panel.index[int(n)][own["step"].to_numpy()]}  # type: ignore[call-overload]
-            head |= {"kind": own["kind"].to_numpy(), "state": own["name"].to_numpy()}
-            head |= {"mean": own["value"].to_numpy(), "std": own["std"].to_numpy()}
-            blocks.append(pd.DataFrame(head))
+        for n in kept["series"].unique():
+            own = kept[kept["series"] == n]
+            columns: dict[str, Any] = {
+                "model": part.model,
+                "unique_id": run.panel.ids[n],
+                "ds": run.panel.index[n][own["step"].to_numpy()],
+                "kind": own["kind"].to_numpy(),
+                "state": own["name"].to_numpy(),
+                "mean": own["value"].to_numpy(),
+                "std": own["std"].to_numpy(),
+            }
+            blocks.append(pd.DataFrame(columns))
     if not blocks:
         names = ["model", "unique_id", "ds", "kind", "state", "mean", "std"]
         return pd.DataFrame(columns=names)
