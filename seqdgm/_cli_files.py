@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".parquet")
 PICTURES = (".png", ".svg", ".pdf")
+PAGES = (".html", ".htm")
 
 
 class Layout(NamedTuple):
@@ -98,6 +99,15 @@ def check_outputs(output: Path | None, plot: Path | None) -> None:
         if path is not None:
             _check_suffix(path, suffixes)
             check_folder(path)
+
+
+def check_report(path: Path) -> None:
+    """Refuse before the work a report that could not be written after it."""
+    from seqdgm.evaluation.report import plotting_library
+
+    _check_suffix(path, PAGES)
+    check_folder(path)
+    plotting_library()
 
 
 def _check_suffix(path: Path, suffixes: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -18,6 +18,7 @@ from seqdgm._cli_files import (
     Layout,
     check_folder,
     check_outputs,
+    check_report,
     read_data,
     write_figure,
     write_frame,
@@ -116,6 +117,18 @@ def compare(
     transform: Transform = None,
     seed: Seed = 0,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("seqdgm-output"),
+    report: Annotated[
+        Path | None,
+        typer.Option(help="HTML file with everything, complete in itself. Needs seqdgm[report]."),
+    ] = None,
+    test: Annotated[
+        Literal["wilcoxon", "bootstrap", "diebold-mariano"],
+        typer.Option(help="Paired test of the CRPS against SeasonalNaive, or the first model."),
+    ] = "wilcoxon",
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder from which an interrupted comparison goes on."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A trial run: the deep models hardly learn.")
     ] = False,
@@ -128,6 +141,8 @@ def compare(
     from seqdgm.evaluation import compare as compare_models
     from seqdgm.evaluation.defaults import DEFAULT_MODELS, FIT_OPTIONS, default_models, title
 
+    if report is not None:
+        check_report(report)
     layout = Layout(time_column, value_column, time_format, fill_gaps)
     problem = _problem(data, season, horizon, transform, layout)
     names = DEFAULT_MODELS if models is None else _names(models)
@@ -143,6 +158,8 @@ def compare(
         seed=seed,
         progress=sys.stderr.isatty(),
         fit_options={title(name): FIT_OPTIONS[name] for name in names if name in FIT_OPTIONS},
+        test=test,
+        cache=cache,
     )
     output.mkdir(parents=True, exist_ok=True)
     write_frame(result.table.reset_index(), output / "leaderboard.csv")
@@ -151,6 +168,9 @@ def compare(
     _show(leaderboard(result.table), f"{data}: {result.horizon} steps ahead, {windows} window(s)")
     _say(LEGEND.format(season=result.season))
     _say(f"wrote leaderboard.csv, forecasts.csv and forecasts.png to {output}{os.sep}")
+    if report is not None:
+        result.report(report, title=f"Forecast comparison: {Path(data).name}")
+        _say(f"wrote {report} ({report.stat().st_size / 1e6:.1f} MB)")
 
 
 @app.command()
@@ -263,7 +283,7 @@ def main(args: Sequence[str] | None = None) -> None:
             code = app(given, prog_name="seqdgm", standalone_mode=False)
         except typer.TyperException as error:
             _fail(error.format_message())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _fail(str(error))
         except (KeyboardInterrupt, typer.Abort):
             sys.exit(130)

@@ -132,6 +132,42 @@ def test_compare_writes_what_the_library_computes(run, quarterly, tmp_path):
     assert (tmp_path / "results/forecasts.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare_writes_a_report_goes_on_from_a_cache_and_takes_a_test(
+    run, quarterly, tmp_path, monkeypatch
+):
+    pytest.importorskip("plotly")
+    args = ["compare", "sales.csv", "--models=seasonal-naive,arima", "--horizon=1", "--windows=5"]
+    kept = ["--cache=kept", "--test=diebold-mariano"]
+    code, out, err = run(*args, *kept, "--report=out.html")
+    assert code == 0, err
+    assert "wrote out.html" in err
+    page = (tmp_path / "out.html").read_text()
+    assert "<h1>Forecast comparison: sales.csv</h1>" in page
+    assert "Diebold-Mariano" in page
+    table = pd.read_csv(tmp_path / "seqdgm-output/leaderboard.csv", index_col="model")
+    models = sq.evaluation.default_models(4, 1, names=["seasonal-naive", "arima"])
+    options = {"horizon": 1, "n_windows": 5, "seed": 0, "test": "diebold-mariano"}
+    expected = sq.compare(models, quarterly, **options).table
+    pd.testing.assert_series_equal(table["p_value"], expected["p_value"])
+    # What was kept is not computed again: the times are those of the first run.
+    assert run(*args, *kept)[0] == 0
+    again = pd.read_csv(tmp_path / "seqdgm-output/leaderboard.csv", index_col="model")
+    pd.testing.assert_frame_equal(again, table)
+    for wrong, says in (
+        (["--report=out.txt"], "use one of .html"),
+        (["--report=nowhere/out.html"], "does not exist"),
+        (["--test=t-test"], "'wilcoxon', 'bootstrap'"),
+        ([*kept[:1], "--seed=1"], "holds the parts of another run"),
+    ):
+        code, out, err = run(*args, *wrong)
+        assert (code, out) == (2, "")
+        assert says in err
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    code, out, err = run(*args, "--report=other.html")
+    assert (code, out) == (2, "")
+    assert err == "error: a report needs plotly; install it with: pip install 'seqdgm[report]'\n"
+
+
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_a_failing_model_is_named_and_the_rest_is_delivered(run):
     wide = pd.DataFrame(np.random.default_rng(0).normal(size=(30, 2)), columns=["a", "b"])

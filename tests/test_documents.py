@@ -18,6 +18,7 @@ DOCUMENTS = [
     "docs/deep.md",
     "docs/particles.md",
     "docs/datasets.md",
+    "docs/report.md",
 ]
 
 

@@ -29,6 +29,13 @@ class Failure(NamedTuple):
     error: str
 
 
+class Fitted(NamedTuple):
+    """A fitted model and the positions of the series it was fitted to."""
+
+    rows: list[int]
+    model: SequenceModel
+
+
 @dataclass(frozen=True)
 class Record:
     """What one model did on one window.
@@ -42,6 +49,8 @@ class Record:
     peak_mb : float
         Growth of the process' resident memory at its peak, in megabytes; NaN where unknown.
     failures : tuple of Failure
+    fitted : tuple of Fitted
+        The models behind the forecast, each with the series it was fitted to.
     """
 
     model: str
@@ -51,13 +60,7 @@ class Record:
     forecast_seconds: float
     peak_mb: float = float("nan")
     failures: tuple[Failure, ...] = ()
-
-
-class Fitted(NamedTuple):
-    """A fitted model and the positions of the series it was fitted to."""
-
-    rows: list[int]
-    model: SequenceModel
+    fitted: tuple[Fitted, ...] = ()
 
 
 def attempt(
@@ -81,7 +84,8 @@ def attempt(
     with PeakMemory() as memory:
         try:
             if fitted is not None and name in fitted:
-                for one in fitted[name]:
+                kept = fitted[name]
+                for one in kept:
                     part = window.select(one.rows)
                     _again(one, part, n_samples, clock, done, failures, errors)
             else:
@@ -116,7 +120,14 @@ def attempt(
         texts = {failure.error for failure in failures}
         failures = [Failure(None, texts.pop())] if len(texts) == 1 else failures
     return Record(
-        name, window, joined, clock.fit, clock.forecast, memory.megabytes, tuple(failures)
+        name,
+        window,
+        joined,
+        clock.fit,
+        clock.forecast,
+        memory.megabytes,
+        tuple(failures),
+        tuple(kept),
     )
 
 

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
-from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Failure, Fitted, Record, attempt
+from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Fitted, Record, attempt
 from seqdgm.evaluation.checkpoint import (
     Checkpoint,
     Part,
+    Scored,
     digest_model,
     digest_panel,
     digest_settings,
@@ -140,7 +141,8 @@ def backtest(
         errors=errors,
         cache=cache,
     )
-    parts = list(run_parts(run, lambda record: (pd.DataFrame(), ())))
+    nothing = pd.DataFrame()
+    parts = list(run_parts(run, lambda record: Scored(nothing, nothing, nothing)))
     frame = assemble(run, parts)
     note_failures(frame, failure_rows(run, parts))
     return frame
@@ -203,14 +205,14 @@ class Run:
 
 def run_parts(
     run: Run,
-    score: Callable[[Record], tuple[pd.DataFrame, tuple[Failure, ...]]],
+    score: Callable[[Record], Scored],
     **settings: Any,
 ) -> Iterator[Part]:
     """Yield a `Part` for each window and model, oldest window first.
 
     A generator, so that a forecast can be scored and let go before the next one is made: its draws
-    are many times the size of what is kept of it. `score` makes the rows of a record's metrics, and
-    says what of them failed; `settings` are what it depends on.
+    are many times the size of what is kept of it. `score` makes of a record what is kept beside
+    the forecast, and says what of it failed; `settings` are what it depends on.
     """
     checkpoint = run.checkpoint(**settings)
     finished = {} if checkpoint is None else _finished(run, checkpoint)
@@ -227,13 +229,15 @@ def run_parts(
                     continue
                 options = run.fit_options.get(name, {})
                 record = attempt(name, model, window, run.n_samples, options, fitted, run.errors)
-                scores, failures = score(record)
+                scored = score(record)
                 part = Part(
                     name,
                     window.number,
                     forecast_columns(record, run.level),
-                    scores,
-                    (*record.failures, *failures),
+                    scored.scores,
+                    scored.pit,
+                    scored.traces,
+                    (*record.failures, *scored.failures),
                     record.fit_seconds,
                     record.forecast_seconds,
                     record.peak_mb,
@@ -280,11 +284,13 @@ def forecast_columns(record: Record, level: Sequence[float]) -> pd.DataFrame:
     return pd.DataFrame(np.nan, index=range(int(held.lengths.sum()) * held.n_dims), columns=names)
 
 
-def assemble(run: Run, parts: Sequence[Part]) -> pd.DataFrame:
-    """Put the columns of `forecast_columns` side by side, one block of rows a window."""
+def assemble(
+    run: Run, parts: Sequence[Part], what: Literal["columns", "pit"] = "columns"
+) -> pd.DataFrame:
+    """Put the columns of the models side by side, one block of rows a window."""
     blocks = []
     for window in run.windows:
-        columns = [part.columns for part in parts if part.number == window.number]
+        columns = [getattr(part, what) for part in parts if part.number == window.number]
         blocks.append(pd.concat([window.truth(), *columns], axis=1))
     return pd.concat(blocks, ignore_index=True)
 

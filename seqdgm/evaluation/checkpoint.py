@@ -17,6 +17,27 @@ from seqdgm.panel import Panel
 from seqdgm.serialize import write_whole
 
 
+class Scored(NamedTuple):
+    """What a comparison makes of a record; empty in a mere backtest.
+
+    Attributes
+    ----------
+    scores : DataFrame
+        Metrics, a row a series.
+    pit : DataFrame
+        Probability integral transforms in one column, the rows of `Window.truth`.
+    traces : DataFrame
+        Smoothed states and training curves; see `seqdgm.evaluation.traces`.
+    failures : tuple of Failure
+        What could not be computed.
+    """
+
+    scores: pd.DataFrame
+    pit: pd.DataFrame
+    traces: pd.DataFrame
+    failures: tuple[Failure, ...] = ()
+
+
 class Part(NamedTuple):
     """What is kept of one model on one window.
 
@@ -24,14 +45,16 @@ class Part(NamedTuple):
     ----------
     columns : DataFrame
         Mean and intervals, the rows of `Window.truth`.
-    scores : DataFrame
-        Metrics, a row a series; empty in a mere backtest.
+    scores, pit, traces : DataFrame
+        As in `Scored`.
     """
 
     model: str
     number: int
     columns: pd.DataFrame
     scores: pd.DataFrame
+    pit: pd.DataFrame
+    traces: pd.DataFrame
     failures: tuple[Failure, ...]
     fit_seconds: float
     forecast_seconds: float
@@ -39,7 +62,7 @@ class Part(NamedTuple):
 
 
 class Checkpoint:
-    """A folder of parts: ``run.json`` says of what run, two Parquet files hold each part.
+    """A folder of parts: ``run.json`` says of what run, Parquet files hold each part.
 
     Parameters
     ----------
@@ -85,10 +108,12 @@ class Checkpoint:
         if not note.is_file():
             return None
         held = json.loads(note.read_text())
-        columns, scores = (pd.read_parquet(self._path(model, number, name)) for name in _FRAMES)
+        columns, scores, pit, traces = (
+            pd.read_parquet(self._path(model, number, name)) for name in _FRAMES
+        )
         failures = tuple(Failure(*failure) for failure in held["failures"])
         times = [float(held[name]) for name in _TIMES]
-        return Part(model, number, columns, scores, failures, *times)
+        return Part(model, number, columns, scores, pit, traces, failures, *times)
 
     def save(self, part: Part) -> None:
         """Write a part; it counts as finished once its last file, the note, is there."""
@@ -104,7 +129,7 @@ class Checkpoint:
         return self.folder / (f"{stem}.json" if what == "json" else f"{stem}.{what}.parquet")
 
 
-_FRAMES = ("columns", "scores")
+_FRAMES = ("columns", "scores", "pit", "traces")
 _TIMES = ("fit_seconds", "forecast_seconds", "peak_mb")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from seqdgm.evaluation import leaderboard
-from seqdgm.evaluation.attempt import Errors
+from seqdgm.evaluation.attempt import Errors, Record
 from seqdgm.evaluation.backtest import (
     Models,
     Run,
@@ -21,8 +21,11 @@ from seqdgm.evaluation.backtest import (
     note_failures,
     run_parts,
 )
+from seqdgm.evaluation.checkpoint import Scored
 from seqdgm.evaluation.defaults import default_models, infer_season
+from seqdgm.evaluation.provenance import describe
 from seqdgm.evaluation.significance import Ranking, rank_models
+from seqdgm.evaluation.traces import states_table, training_table
 from seqdgm.panel import Panel
 
 if TYPE_CHECKING:
@@ -61,6 +64,20 @@ class Comparison:
         Model that the paired tests compare with.
     test, aggregate : str
         As given to `compare`.
+    pit : DataFrame
+        ``unique_id, ds, cutoff, y`` and for each model the randomised probability integral
+        transform of y in its draws (uniform where the model is right; `seqdgm.evaluation.metrics`).
+    states : DataFrame
+        ``model, unique_id, ds, kind, state, mean, std``: smoothed states of the last window (given
+        its whole history) and the predicted ones after it, in the units of the model; the last 300
+        steps and first 8 states of up to 8 series, evenly chosen. None for models that no engine
+        smooths, and for series of more than 20,000 steps.
+    training : DataFrame
+        ``model, window, curve, unit, iteration, value`` of every fit by iterations: ``curve`` is
+        "objective", "validation", or "kept", at the epoch whose weights were kept.
+    settings : dict
+        The models as text, windows, step, refit, draws, seed, inputs; ``"versions"`` of the
+        packages and the machine.
 
     Notes
     -----
@@ -96,6 +113,10 @@ class Comparison:
     level: tuple[float, ...] = (80, 95)
     test: leaderboard.Test = "wilcoxon"
     aggregate: leaderboard.Weights = "series"
+    pit: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    states: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    training: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         head = f"horizon={self.horizon}, season={self.season}"
@@ -113,7 +134,9 @@ class Comparison:
         """
         return leaderboard.likelihoods(self.scores, list(self.table.index))
 
-    def rank(self, metric: str = "CRPS", alpha: float = 0.05) -> Ranking:
+    def rank(
+        self, metric: str = "CRPS", alpha: float = 0.05, *, models: Sequence[str] | None = None
+    ) -> Ranking:
         """Rank the models unit by unit: Friedman and Nemenyi tests; see `rank_models`.
 
         Parameters
@@ -122,6 +145,8 @@ class Comparison:
             Column of `scores`, smaller is better; of ``"log_score"`` the larger is better.
         alpha : float
             Level of the tests.
+        models : sequence of str, optional
+            Which models; default all. A unit on which one of them was not scored is left out.
 
         Returns
         -------
@@ -132,11 +157,64 @@ class Comparison:
         if metric not in self.scores or metric in ("model", "unique_id", "cutoff"):
             raise ValueError(f"metric={metric!r} is not a column of scores")
         wide = self.scores.pivot(index=["unique_id", "window"], columns="model", values=metric)
+        if models is not None:
+            wide = wide[list(models)]
         return rank_models(-wide if metric == "log_score" else wide, alpha)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, full precision, the models in the column ``model``."""
         self.table.to_csv(path)
+
+    def to_latex(self, path: str | Path | None = None, **options: Any) -> str:
+        """Return the table as LaTeX, standard errors in brackets; see `latex.to_latex`.
+
+        Parameters
+        ----------
+        path : path, optional
+            File to write, whole or not at all.
+        **options
+            ``columns=``, ``caption=`` and ``label=``.
+        """
+        from seqdgm.evaluation.latex import to_latex
+
+        return to_latex(self, path, **options)
+
+    def report(
+        self, path: str | Path, *, title: str = "Forecast comparison", max_series: int = 50
+    ) -> None:
+        """Write a page with everything: one HTML file that loads nothing from anywhere.
+
+        It holds the table (click a heading to sort), the critical-difference diagram, forecast fans
+        of the series and windows picked, probability integral transforms and coverage by step,
+        likelihoods, states, training curves, time and memory, the data, failures, and versions. It
+        follows the light or dark setting of the browser and prints. It is about 5 MB, nearly all of
+        it the plotly library that draws.
+
+        Parameters
+        ----------
+        path : path
+            File to write, whole or not at all.
+        title : str
+            Heading of the page.
+        max_series : int
+            Most series whose forecasts are drawn, evenly chosen among all; the page says how many
+            were left out. The tables are over all series in any case.
+
+        Raises
+        ------
+        ImportError
+            Without plotly: ``pip install 'seqdgm[report]'``.
+
+        Examples
+        --------
+        >>> import numpy as np, seqdgm as sq
+        >>> y = np.tile([1.0, 2.0, 3.0, 5.0], 6) + 0.1 * np.sin(np.arange(24.0))
+        >>> result = sq.compare([sq.SeasonalNaive(season=4)], y, horizon=4, season=4, seed=0)
+        >>> result.report("report.html")  # doctest: +SKIP
+        """
+        from seqdgm.evaluation.report import write_report
+
+        write_report(self, path, title=title, max_series=max_series)
 
     def plot(self, **options: Any) -> Figure:
         """Draw each model's forecast fan against the held-out data; see `plot_comparison`."""
@@ -197,7 +275,8 @@ def compare(
     Returns
     -------
     Comparison
-        ``.table`` (model x metric), ``.scores``, ``.forecasts``, ``.plot()``, ``.to_csv(path)``.
+        ``.table`` (model x metric), ``.scores``, ``.forecasts``, ``.plot()``, ``.to_csv(path)``,
+        ``.report(path)``.
 
     Raises
     ------
@@ -233,13 +312,13 @@ def compare(
         errors=errors,
         cache=cache,
     )
-    parts = list(
-        run_parts(
-            run,
-            lambda record: leaderboard.score(record, season, level, n_samples),
-            scored_with_season=season,
-        )
-    )
+    newest = run.windows[-1].number
+
+    def score(record: Record) -> Scored:
+        states = record.window.number == newest
+        return leaderboard.score(record, season, level, n_samples, states=states)
+
+    parts = list(run_parts(run, score, scored_with_season=season))
     units = leaderboard.units(run, parts)
     forecasts, failures = assemble(run, parts), failure_rows(run, parts)
     note_failures(forecasts, failures)
@@ -258,6 +337,10 @@ def compare(
         run.level,
         test,
         aggregate,
+        assemble(run, parts, "pit"),
+        states_table(run, parts),
+        training_table(parts),
+        describe(run),
     )
 
 

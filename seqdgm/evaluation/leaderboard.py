@@ -11,8 +11,9 @@ import pandas as pd
 from seqdgm.evaluation import metrics
 from seqdgm.evaluation.attempt import MODEL_ERRORS, Failure, Record
 from seqdgm.evaluation.backtest import Run
-from seqdgm.evaluation.checkpoint import Part
+from seqdgm.evaluation.checkpoint import Part, Scored
 from seqdgm.evaluation.significance import diebold_mariano, holm, paired_bootstrap
+from seqdgm.evaluation.traces import trace
 from seqdgm.evaluation.windows import Window
 from seqdgm.results import Forecast
 
@@ -42,14 +43,18 @@ def check_choices(test: str, aggregate: str) -> None:
 
 
 def score(
-    record: Record, season: int, level: Sequence[float], n_samples: int
-) -> tuple[pd.DataFrame, tuple[Failure, ...]]:
-    """Metrics of one record, a row for each series, and what could not be computed."""
+    record: Record, season: int, level: Sequence[float], n_samples: int, *, states: bool = False
+) -> Scored:
+    """Metrics of one record, a row for each series, and what else is kept of it.
+
+    With `states`, the smoothed states are kept too.
+    """
     window = record.window
     names = metric_names(level, window.held_out.n_dims)
     values: dict[str, Any] = dict.fromkeys(
         [*names, "scale", "points", "quantile_loss", "size", "log_score_stderr"], np.nan
     ) | {"log_score_kind": None}
+    values["pit"] = np.full(window.held_out.values.size, np.nan)
     forecast = record.forecast
     failures: tuple[Failure, ...] = ()
     if forecast is not None:
@@ -65,7 +70,10 @@ def score(
             values["log_score_kind"] = log_prob.kind
         except MODEL_ERRORS as error:
             failures = (Failure(None, f"scoring: {type(error).__name__}: {error}"),)
-    return pd.DataFrame(values, index=range(window.train.n_series)), failures
+    pit = pd.DataFrame({record.model: values.pop("pit")})
+    scores = pd.DataFrame(values, index=range(window.train.n_series))
+    traces, untraced = trace(record, states=states)
+    return Scored(scores, pit, traces, (*failures, *untraced))
 
 
 def _accuracy(
@@ -76,7 +84,10 @@ def _accuracy(
     level: Sequence[float],
     n_samples: int,
 ) -> dict[str, np.ndarray]:
-    """Metrics of the forecasts, (series,) each; columns of a series are averaged."""
+    """Metrics of the forecasts, (series,) each; columns of a series are averaged.
+
+    Besides, ``"pit"``: of each held-out value, the rows of `Window.truth`.
+    """
     n, _, dim = held.shape
     y, train = flat(held), flat(window.train.values)
     point = flat(forecast.mean)
@@ -95,6 +106,7 @@ def _accuracy(
         "MASE": mean_over(metrics.mase(y, point, train, season), n),
         "sMAPE": mean_over(metrics.smape(y, point), n),
         "CRPS": mean_over(metrics.crps(y, flat(samples)), n),
+        "pit": metrics.pit(y, flat(samples), seed=window.seed).ravel(),
     }
     for lv in level:
         lo, hi = (flat(end) for end in forecast.interval(lv))

@@ -79,6 +79,11 @@ def find_verb(
     return run
 
 
+def offers(model: SequenceModel, verb: str) -> bool:
+    """Whether one of the model's engines has a verb."""
+    return any(_verb(name, verb) is not None for name in model.engines)
+
+
 def _verb(engine: str, verb: str) -> Callable[..., Any] | None:
     found: Callable[..., Any] | None = getattr(import_module(ENGINES[engine]), verb, None)
     return found
