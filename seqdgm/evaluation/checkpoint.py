@@ -150,8 +150,8 @@ def digest_model(model: Any, options: Mapping[str, Any]) -> str:
 
 
 def digest_settings(**settings: Any) -> str:
-    """Digest of keyword arguments."""
-    return _digest(settings)
+    """Digest of keyword arguments and of what a part consists of."""
+    return _digest([_FRAMES, _TIMES, settings])
 
 
 def _digest(value: Any) -> str:
