@@ -20,6 +20,7 @@ from seqdgm.models.srnn import SRNN
 from seqdgm.models.storn import STORN
 from seqdgm.models.vrnn import VRNN
 from seqdgm.models.zforcing import ZForcing
+from seqdgm.nn import fused_cells
 from seqdgm.nn.fused_memory import Weights, draw_with_memory
 from seqdgm.nn.ragged import Ragged
 from seqdgm.prepare import prepare
@@ -166,7 +167,11 @@ def test_ancestors_are_chosen_by_the_weights_of_the_steps(
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("features", [False, True])
-def test_gradients_go_back_to_the_ancestors(kind: str, features: bool) -> None:
+@pytest.mark.parametrize("worth", [0, 2**17], ids=["compiled", "torch"])
+def test_gradients_go_back_to_the_ancestors(
+    kind: str, features: bool, worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_cells, "WORTH", worth)
     # Two particles of three series; those of the first and the last go on from a single one.
     ragged = Ragged.of(torch.tensor([4, 2, 3]).repeat_interleave(2), 4)
     ancestors = [torch.tensor([1, 1, 3, 2, 5, 5]), None, torch.tensor([0, 0])]

@@ -251,14 +251,13 @@ class _Memory(torch.autograd.Function):
         for_first = [torch.zeros_like(x) for x in first]
         for whole, part in zip(for_first, total, strict=True):
             whole[:n] = part[:n]
-        for_recurrent, for_bias = cell.weights(h.index_select(0, ragged.before))
         found = Weights(
             for_c.t() @ h,
             for_out.t() @ a,
             for_out.sum(0),
             cell.given.t() @ seen,
-            for_recurrent,
-            None if w.recurrent_bias is None else for_bias,
+            cell.weights(h.index_select(0, ragged.before)),
+            None if w.recurrent_bias is None else cell.bias(),
             None if w.features is None else for_seen.t() @ z.index_select(0, ragged.before),
             None if w.features is None else for_seen.sum(0),
         )
