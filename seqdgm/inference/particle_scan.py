@@ -21,14 +21,15 @@ from torch.distributions import Distribution
 from seqdgm.inference import joint
 from seqdgm.inference.joint import Along
 from seqdgm.inference.resampling import (
+    RESAMPLERS,
     AdaptiveResampler,
     adaptive,
     gather,
-    multinomial,
-    systematic,
+    select,
     weigh,
 )
 from seqdgm.inference.scan import fed, unrolled
+from seqdgm.kernels.particles_types import Scheme
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import deferred
 from seqdgm.nn.dropout import rows_of
@@ -65,9 +66,14 @@ class Steering:
     reparameterised: bool = True
 
     @property
+    def scheme(self) -> Scheme:
+        """How ancestors are drawn."""
+        return "multinomial" if self.independent else "systematic"
+
+    @property
     def resample(self) -> AdaptiveResampler:
         """Draws ancestors for the series whose effective sample size is too small."""
-        return adaptive(multinomial if self.independent else systematic, self.threshold)
+        return adaptive(RESAMPLERS[self.scheme], self.threshold)
 
 
 class Rows(NamedTuple):
@@ -336,16 +342,17 @@ class _Pilot:
         u, later = Inputs(values, self.t[t]), self.sizes[t + 1]
         with rows_of(series):
             emission = dist.expand(self.model.emission(s, u), (len(z),), x.shape[1])
-            log_w = dist.log_prob(emission, x, *mask).double()
-            log_w += self.how.beta * (_log_prior(self.model, h, u, z) - log_q)
-        weighed = weigh(self.log_weights + log_w.view(-1, self.how.n_particles))
-        self.log_weights = weighed.log_weights[:later]
-        done = self.how.resample(self.log_weights, weighed.ess[:later], self.generator)
-        if done is None:
+            log_g = dist.log_prob(emission, x, *mask)
+            ratio = _log_prior(self.model, h, u, z) - log_q
+        how, log_w = self.how, torch.add(log_g.double(), ratio, alpha=self.how.beta)
+        log_w = self.log_weights + log_w.view(-1, how.n_particles)
+        found = select(log_w, later, how.scheme, how.threshold, self.generator)
+        self.log_weights, ancestors, resampled = found
+        if ancestors is None or resampled is None:
             return None
-        (ancestors, self.log_weights, _), self.resampled[t + 1, :later] = done
+        self.resampled[t + 1, :later] = resampled
         self.ancestors[t + 1, :later] = ancestors
-        return (ancestors + self.first[:later]).flatten()
+        return (ancestors + self.first[:later]).view(-1)
 
     def chosen(self) -> tuple[Int[Tensor, "series particle time"], Bool[Tensor, "series time"]]:
         """Ancestors of all steps, and which series were resampled."""
