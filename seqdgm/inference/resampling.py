@@ -441,7 +441,7 @@ def select(
     found = particles_cpu.select(
         scheme, log_weights, survivors, threshold, lambda: _uniforms(log_weights, shape, generator)
     )
-    if found[1] is not None:
+    if found[1] is not None and found[1].numpy().min() < 0:
         check_drawn(found[1][:, 0], "log_weights of series")
     return Selection(*found)
 
