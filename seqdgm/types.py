@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch.distributions import Distribution
 
 from seqdgm.panel import Panel
 from seqdgm.transform import Transform
+
+if TYPE_CHECKING:
+    from seqdgm.nn.ragged import Ragged
 
 
 class Inputs(NamedTuple):
@@ -231,14 +234,16 @@ class Samples:
 class Unrolled(NamedTuple):
     """Memories, states and their proposals of all steps; leading axes (series, time).
 
-    Beyond a series' end there is anything finite. Paths that were steered have the log-densities
-    `log_q` of their draws, with gradients as those of the draws.
+    Beyond a series' end there is anything finite. Paths that were steered have, in place of these
+    axes, that of the `rows` of all steps, and the log-densities `log_q` of their draws, with
+    gradients as those of the draws.
     """
 
     h: Any
-    z: Float[Tensor, "series time state"]
+    z: Float[Tensor, "series time state"] | Float[Tensor, "rows state"]
     proposal: Distribution
-    log_q: Float[Tensor, "series time"] | None = None
+    log_q: Float[Tensor, "rows"] | None = None
+    rows: Ragged | None = None
 
 
 # Chooses whom the paths go on from as they are drawn, of rows that are paths. It is given after

@@ -12,19 +12,28 @@ from torch import Tensor
 
 import seqdgm as sq
 from seqdgm.inference import particle_scan as particles
+from seqdgm.inference.joint import Along
 from seqdgm.inference.objectives import Objective, evaluate
-from seqdgm.inference.particle_scan import Steering, Swarm, particle_scan
+from seqdgm.inference.particle_scan import (
+    Steering,
+    Swarm,
+    densities,
+    increments,
+    particle_scan,
+)
 from seqdgm.inference.scan import scan
 from seqdgm.models.lstm_ssm import LSTMSSM
 from seqdgm.models.srnn import SRNN
 from seqdgm.models.storn import STORN
 from seqdgm.models.vrnn import VRNN
 from seqdgm.models.zforcing import ZForcing
+from seqdgm.nn import fused_cells
+from seqdgm.nn.dropout import thinned
 from seqdgm.nn.fused_memory import Weights, draw_with_memory
 from seqdgm.nn.ragged import Ragged
 from seqdgm.prepare import prepare
 from seqdgm.recursion import StateSpaceModel
-from seqdgm.types import Batch, make_generator
+from seqdgm.types import Batch, make_generator, tree_map
 
 STEERED = [
     VRNN(3, 6, 5, "bernoulli", max_epochs=1),
@@ -72,7 +81,9 @@ def as_before(
     monkeypatch: pytest.MonkeyPatch, swarm: Swarm, laws: torch.distributions.Normal
 ) -> Iterator[Tensor]:
     """Draw the same noise and the same ancestors again, step by step."""
-    noise = iter(((swarm.z - laws.loc) / laws.scale).detach().unbind(2))
+    assert swarm.rows is not None
+    drawn = (swarm.z - laws.loc) / laws.scale
+    noise = iter(swarm.rows.pad(drawn.detach()).unbind(2))
 
     def resample(cloud, how, batch, t, generator):
         ancestors, resampled = swarm.ancestors[:, :, t], swarm.resampled[:, t]
@@ -123,17 +134,41 @@ def test_steered_particles_equal_their_steps_under_the_same_draws(
     with monkeypatch.context() as patch:
         patch.setattr(particles, "unrolled", lambda *a: seen.append(unrolled(*a)) or seen[-1])
         swarm = particle_scan(model, batch, how, make_generator(5))
-    law = seen[0].proposals.expand(seen[0].z.shape)
-    shape = (4, objective.n_particles)
-    laws = torch.distributions.Normal(law.loc.unflatten(0, shape), law.scale.unflatten(0, shape))
-    moved = swarm.ancestors != torch.arange(shape[1])[:, None]
+    moved = swarm.ancestors != torch.arange(objective.n_particles)[:, None]
     assert int(moved.any(1).sum()) > 2
     by_steps(monkeypatch, model)
-    noise = as_before(monkeypatch, swarm, laws)
+    noise = as_before(monkeypatch, swarm, seen[0].proposals)
     plain, plain_gradients = learnt(model, batch, objective)
     assert next(noise, None) is None
     assert_close(own, plain)
     assert_close(own_gradients, plain_gradients)
+
+
+@each_steered
+def test_steered_particles_are_thinned_like_their_series(
+    model: sq.StateSpaceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin = model.clone().set_params(dropout=0.4)
+    model, batch = built(thin)
+    model.train()
+    how = Steering(3, 0.6, 0.7)
+    with thinned(make_generator(7), len(LENGTHS)):
+        swarm = particle_scan(model, batch, how, make_generator(5))
+        assert swarm.rows is not None
+        found = densities(model, batch, swarm, prior=True)
+        padded = swarm._replace(
+            path=Along(*(tree_map(swarm.rows.pad, part) for part in swarm.path[:2]), 0),
+            z=swarm.rows.pad(swarm.z),
+            log_q=swarm.rows.pad(swarm.log_q),
+            rows=None,
+        )
+        wanted = densities(model, batch, padded, prior=True)
+    assert_close(found, wanted)
+    weights = increments(found.emission + 0.7 * (found.prior - found.proposal), swarm.resampled)[1]
+    ess = 1 / (2 * weights).exp().sum(1)
+    later = batch.valid[:, 1:]
+    assert torch.equal(swarm.resampled[:, 1:][later], (ess < 0.6 * 3)[:, :-1][later])
+    assert bool(swarm.resampled.any())
 
 
 @each_steered
@@ -153,7 +188,8 @@ def test_ancestors_are_chosen_by_the_weights_of_the_steps(
         swarm = particle_scan(model, batch, how, make_generator(5))
         first = len(uniforms)
         uniforms.clear()
-        z = iter(swarm.z.unbind(2))
+        assert swarm.rows is not None
+        z = iter(swarm.rows.pad(swarm.z).unbind(2))
         by_steps(monkeypatch, model)
         monkeypatch.setattr(particles.dist, "sample", lambda *_, **__: next(z))
         steps = particle_scan(model, batch, how, make_generator(5))
@@ -166,7 +202,11 @@ def test_ancestors_are_chosen_by_the_weights_of_the_steps(
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("features", [False, True])
-def test_gradients_go_back_to_the_ancestors(kind: str, features: bool) -> None:
+@pytest.mark.parametrize("worth", [0, 2**17], ids=["compiled", "torch"])
+def test_gradients_go_back_to_the_ancestors(
+    kind: str, features: bool, worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_cells, "WORTH", worth)
     # Two particles of three series; those of the first and the last go on from a single one.
     ragged = Ragged.of(torch.tensor([4, 2, 3]).repeat_interleave(2), 4)
     ancestors = [torch.tensor([1, 1, 3, 2, 5, 5]), None, torch.tensor([0, 0])]
@@ -227,8 +267,9 @@ def test_one_steered_path_has_the_bound_of_its_particle() -> None:
     model, batch = built(STEERED[0])
     swarm = particle_scan(model, batch, Steering(1, 0.5), make_generator(3))
     trace = scan(model, batch, make_generator(3))
-    assert_close([swarm.z[:, 0], swarm.path.s.features[:, 0]], [trace.z, trace.s.features])
     inside = batch.valid
     log_q = trace.proposal(slice(0, batch.n_steps)).log_prob(trace.z).sum(2)
-    assert swarm.log_q is not None
-    assert_close([swarm.log_q[:, 0][inside]], [log_q[inside]])
+    assert swarm.rows is not None
+    rows = (swarm.z, swarm.path.s.features, swarm.log_q)
+    own = [swarm.rows.pad(part)[:, 0][inside] for part in rows]
+    assert_close(own, [part[inside] for part in (trace.z, trace.s.features, log_q)])

@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from seqdgm.nn import MeanFieldEncoder, RecurrentCell, SmoothingEncoder, fused_gru
+from seqdgm.nn import MeanFieldEncoder, RecurrentCell, SmoothingEncoder, fused_cells
 from seqdgm.nn.fused_recurrence import Weights, recur, recur_step_by_step
 from seqdgm.nn.ragged import Ragged
-from seqdgm.nn.recurrent import KINDS
+from seqdgm.nn.recurrent import KINDS, Kind
 
 LENGTHS = torch.tensor([4, 9, 1, 6, 9, 2, 5])
 PRECISION = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+GATED: list[Kind] = ["gru", "lstm"]
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load the compiled loop whatever the size."""
-    monkeypatch.setattr(fused_gru, "WORTH", 0)
+    """Load the compiled loops whatever the size."""
+    monkeypatch.setattr(fused_cells, "WORTH", 0)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -38,19 +39,20 @@ def by_torch(cell: RecurrentCell, x: Tensor, backwards: bool) -> Tensor:
     out = []
     for n, length in enumerate(LENGTHS.tolist()):
         read = x[n, :length].flip(0) if backwards else x[n, :length]
-        h, _ = cell.rnn(read, cell.start[0])
+        h, _ = cell.rnn(read, tuple(cell.start) if cell.kind == "lstm" else cell.start[0])
         h = h.flip(0) if backwards else h
         out.append(torch.cat([h, h.new_zeros(len(x[n]) - length, h.shape[1])]))
     return torch.stack(out)
 
 
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", GATED)
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISION)
-def test_a_compiled_gru_equals_that_of_torch(
-    backwards: bool, dtype: torch.dtype, tolerance: float
+def test_compiled_cells_equal_those_of_torch(
+    kind: Kind, backwards: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    cell = RecurrentCell("gru", 3, 37, layers=2).to(dtype)
+    cell = RecurrentCell(kind, 3, 37, layers=2).to(dtype)
     for k, parameter in enumerate(cell.parameters()):
         parameter.data = 0.4 * random(*parameter.shape, dtype=dtype, seed=k)
     x = random(7, 9, 3, dtype=dtype, seed=50).requires_grad_()
@@ -67,14 +69,15 @@ def test_a_compiled_gru_equals_that_of_torch(
     assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[2], strict=True))
 
 
-def test_the_size_decides_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = RecurrentCell("gru", 3, 400)
+@pytest.mark.parametrize("kind", GATED)
+def test_the_size_decides_what_is_compiled(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = RecurrentCell(kind, 3, 400)
     x = random(20, 30, 3, dtype=torch.float32)
     found = []
     for worth in (2**17, 2**30):
-        monkeypatch.setattr(fused_gru, "WORTH", worth)
+        monkeypatch.setattr(fused_cells, "WORTH", worth)
         out = cell.run(x)
-        assert fused_gru.pays(out.flatten(0, 1)) == (worth == 2**17)
+        assert fused_cells.pays(out.flatten(0, 1)) == (worth == 2**17)
         found.append(torch.autograd.grad(out.square().sum(), tuple(cell.parameters())))
     assert_close(*found, 1e-5)
 

@@ -19,6 +19,8 @@ from seqdgm.inference.resampling import (
     effective_sample_size,
     find_resampler,
     resample_from,
+    select,
+    weigh,
 )
 from seqdgm.inference.smc import Reference, SMCOptions, Step
 from seqdgm.prepare import prepare
@@ -74,6 +76,35 @@ def test_offspring_are_unbiased(scheme: str) -> None:
 def test_equal_weights_keep_every_particle_where_the_scheme_is_balanced(scheme: str) -> None:
     offspring = count(RESAMPLERS[scheme](rows([0.25] * 4, 50), generator()).ancestors)
     assert (offspring == 1).all() == (scheme != "multinomial")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_selection_is_weighing_and_then_adaptive_resampling(scheme: str, threshold: float) -> None:
+    log_weights = 2 * torch.randn(9, 4, dtype=torch.float64, generator=generator(3))
+    log_weights[2] = 5.0
+    own, theirs = generator(1), generator(1)
+    for survivors in (9, 6, 3):
+        weighed = weigh(log_weights)
+        found = select(log_weights, survivors, scheme, threshold, own)  # type: ignore[arg-type]
+        kept, ess = weighed.log_weights[:survivors], weighed.ess[:survivors]
+        wanted = adaptive(RESAMPLERS[scheme], threshold)(kept, ess, theirs)
+        assert (wanted is None) == (found.ancestors is None) == (threshold == 0)
+        if wanted is None:
+            assert torch.equal(found.log_weights, kept)
+            continue
+        assert torch.equal(found.log_weights, wanted[0].log_weights)
+        assert torch.equal(found.ancestors, wanted[0].ancestors)
+        assert torch.equal(found.resampled, wanted[1])
+        assert bool(found.resampled.all()) == (threshold == 1)
+    assert torch.equal(own.get_state(), theirs.get_state())
+
+
+def test_selection_names_the_series_that_has_no_weight() -> None:
+    log_weights = rows(WEIGHTS, 3)
+    log_weights[1] = -torch.inf
+    with pytest.raises(ValueError, match="log_weights of series 1: no weight is positive"):
+        select(log_weights, 3, "systematic", 0.5, generator())
 
 
 def test_adaptive_resampling_leaves_balanced_series_alone() -> None:

@@ -41,7 +41,7 @@ Improved variational inference with inverse autoregressive flow, *NIPS 29*, appe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -49,7 +49,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from seqdgm.inference import joint
-from seqdgm.inference.particle_scan import Steering, Swarm, increments, particle_scan
+from seqdgm.inference.particle_scan import (
+    Steering,
+    Swarm,
+    densities,
+    increments,
+    particle_scan,
+)
 from seqdgm.inference.scan import Piece, Trace, copied, prior_over_time, scan
 from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Inputs, check_count, tree_map
@@ -255,9 +261,8 @@ def _elbo(
         charged = torch.where(wide.valid, charged.clamp_min(objective.free_bits), 0.0)
     value = found.reconstruction - beta * charged
     if trace.z is not None and trace.context is not None:
-        value = _with_auxiliary(
-            model, wide, value, trace.h, trace.z, trace.context, batch.inputs_all()
-        )
+        extra = model.auxiliary(trace.h, trace.z, trace.context, batch.inputs_all())
+        value = _added(wide, value, extra)
     terms = Terms(value, found.reconstruction, found.divergence)
     if count == 1:
         return terms, trace
@@ -265,11 +270,8 @@ def _elbo(
     return Terms(*mean), trace
 
 
-def _with_auxiliary(
-    model: StateSpaceModel, batch: Batch, value: Tensor, h: Any, z: Tensor, c: Tensor, u: Inputs
-) -> Tensor:
+def _added(batch: Batch, value: Tensor, extra: Tensor | None) -> Tensor:
     """Add the model's own term of training, where it has one; the mean over particles."""
-    extra = model.auxiliary(h, z, c, u)
     if extra is None:
         return value
     if extra.ndim > 2:
@@ -300,23 +302,10 @@ def _iwae(
         log_g, ratio = (part.unflatten(0, shape).double() for part in found)
         bound, log_weights = increments(log_g - beta * ratio, never)
         value, reconstruction = bound, _mean(log_g, log_weights)
-    return _terms(model, batch, value, reconstruction, bound, (h, z, context))
-
-
-def _terms(
-    model: StateSpaceModel,
-    batch: Batch,
-    value: Tensor,
-    reconstruction: Tensor,
-    bound: Tensor,
-    path: tuple[Any, Tensor, Tensor | None],
-) -> Terms:
-    """Terms from increments of a bound, with the model's auxiliary term."""
-    h, z, context = path
     if context is not None:
         known = batch.inputs_all()
         u = Inputs(known.values[:, None], known.t)
-        value = _with_auxiliary(model, batch, value, h, z, context[:, None], u)
+        value = _added(batch, value, model.auxiliary(h, z, context[:, None], u))
     return Terms(value, reconstruction, reconstruction - bound.detach())
 
 
@@ -387,27 +376,22 @@ def _fivo(
         reparameterised=not wake,
     )
     swarm = particle_scan(model, batch, how, generator)
-    wide = (*swarm.z.shape[:3], batch.x.shape[2])
-    seen, mask = batch.x[:, None].expand(wide), batch.mask[:, None].expand(wide)
-    log_g = joint.log_emission(model, batch, swarm.path, seen, mask)
-    log_w, log_f, log_q = log_g, None, None
-    if swarm.log_q is not None:
-        log_q = torch.where(batch.valid[:, None], swarm.log_q.double(), 0.0)
-        log_f = joint.log_prior(model, batch, swarm.path, swarm.z)
-        log_w = log_g + beta * (log_f - log_q)
-    elif wake:
-        log_f = joint.log_prior(model, batch, swarm.path, swarm.z)
+    found = densities(model, batch, swarm, prior=wake or swarm.log_q is not None)
+    log_w = found.emission
+    if found.prior is not None and found.proposal is not None:
+        log_w = log_w + beta * (found.prior - found.proposal)
     bound, log_weights = increments(log_w, swarm.resampled)
     value = bound
     if wake:
-        parts = [part for part in (log_g, log_f, log_q) if part is not None]
+        parts = [part for part in found[:3] if part is not None]
         # Paths that were never resampled are weighed as a whole.
         weights = log_weights if objective.threshold else log_weights[:, :, -1:]
         value = _with_gradient_of(bound, (weights.detach().exp() * sum(parts)).sum(1))
     elif objective.resampling_gradients:
         value = _with_gradient_of(bound, bound + _scores(swarm, log_weights, bound))
-    path = (swarm.path.h, swarm.z, swarm.context)
-    return _terms(model, batch, value, _mean(log_g, log_weights), bound, path)
+    reconstruction = _mean(found.emission, log_weights)
+    value = _added(batch, value, found.auxiliary)
+    return Terms(value, reconstruction, reconstruction - bound.detach())
 
 
 def _scores(

@@ -3,7 +3,8 @@
 The loop is that of `seqdgm.inference.scan` with an axis for particles, which are resampled as they
 go. Whom to keep is decided without gradients; afterwards every prior, proposal and emission is
 evaluated once more, with gradients, in one call over (series x particles x time). A model that
-unrolls itself is steered: it asks after each step whom the particles go on from.
+unrolls itself is steered: it asks after each step whom the particles go on from. What it gives
+stays rows of steps within the series, and nothing but log-densities is ever padded.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributions import Distribution
 
+from seqdgm.inference import joint
 from seqdgm.inference.joint import Along
 from seqdgm.inference.resampling import (
+    RESAMPLERS,
     AdaptiveResampler,
     adaptive,
     gather,
-    multinomial,
-    systematic,
+    select,
     weigh,
 )
 from seqdgm.inference.scan import fed, unrolled
+from seqdgm.kernels.particles_types import Scheme
 from seqdgm.nn import distributions as dist
 from seqdgm.nn.deferred import deferred
+from seqdgm.nn.dropout import rows_of
 from seqdgm.nn.ragged import Ragged
 from seqdgm.types import Batch, Inputs, tree_map, tree_stack, tree_unbind
 
@@ -62,9 +66,56 @@ class Steering:
     reparameterised: bool = True
 
     @property
+    def scheme(self) -> Scheme:
+        """How ancestors are drawn."""
+        return "multinomial" if self.independent else "systematic"
+
+    @property
     def resample(self) -> AdaptiveResampler:
         """Draws ancestors for the series whose effective sample size is too small."""
-        return adaptive(multinomial if self.independent else systematic, self.threshold)
+        return adaptive(RESAMPLERS[self.scheme], self.threshold)
+
+
+class Rows(NamedTuple):
+    """Data of the rows of all steps (`seqdgm.nn.ragged`); a series' particles stand together.
+
+    Attributes
+    ----------
+    ragged : Ragged
+        Of series that have each a row for every particle.
+    n_particles : int
+    x : Tensor of shape (rows, dim)
+    mask : Tensor of bool, shape (rows, dim), or None
+        Observed elements; None if all are.
+    u : Inputs
+    """
+
+    ragged: Ragged
+    n_particles: int
+    x: Float[Tensor, "rows dim"]
+    mask: Bool[Tensor, "rows dim"] | None
+    u: Inputs
+
+    @classmethod
+    def of(cls, batch: Batch, n_particles: int) -> Rows:
+        """Rows of a batch."""
+        ragged = Ragged.of(batch.lengths.repeat_interleave(n_particles), batch.n_steps)
+        place, known = ragged.shared(n_particles), batch.inputs_all()
+        arrays = (batch.x, known.values, *(() if batch.complete else (batch.mask,)))
+        x, values, *mask = (part.flatten(0, 1).index_select(0, place) for part in arrays)
+        u = Inputs(values, known.t[place % batch.n_steps])
+        return cls(ragged, n_particles, x, mask[0] if mask else None, u)
+
+    @property
+    def series(self) -> Int[Tensor, "rows"]:
+        """Series that each row belongs to."""
+        return self.ragged.place // (self.n_particles * self.ragged.shape[1])
+
+    def pad(self, rows: Float[Tensor, "rows *part"]) -> Float[Tensor, "series particle time *part"]:
+        """Padded form of rows, 0 beyond each series' end."""
+        columns = rows[:, None] if rows.ndim == 1 else rows
+        padded = self.ragged.unpack(columns).unflatten(0, (-1, self.n_particles))
+        return padded[..., 0] if rows.ndim == 1 else padded
 
 
 class Swarm(NamedTuple):
@@ -82,14 +133,31 @@ class Swarm(NamedTuple):
         Whether the series was resampled before the step.
     context : Tensor of shape (series, time, features) or None
         Encoded data.
+    rows : Rows or None
+        Of a model that unrolled itself. `path`, `z` and `log_q` have its rows as one axis then, in
+        place of (series, particle, time).
     """
 
     path: Along
-    z: Float[Tensor, "series particle time state"]
-    log_q: Float[Tensor, "series particle time"] | None
+    z: Float[Tensor, "series particle time state"] | Float[Tensor, "rows state"]
+    log_q: Float[Tensor, "series particle time"] | Float[Tensor, "rows"] | None
     ancestors: Int[Tensor, "series particle time"]
     resampled: Bool[Tensor, "series time"]
     context: Tensor | None
+    rows: Rows | None = None
+
+
+class Densities(NamedTuple):
+    """Log-densities along particles, of shape (series, particle, time), in float64, with gradients.
+
+    Zero beyond a series' end. `auxiliary` is the model's own term of training. None: not there, or
+    not asked for.
+    """
+
+    emission: Float[Tensor, "series particle time"]
+    prior: Float[Tensor, "series particle time"] | None
+    proposal: Float[Tensor, "series particle time"] | None
+    auxiliary: Float[Tensor, "series particle time"] | None
 
 
 @dataclass
@@ -245,41 +313,46 @@ class _Pilot:
     """Steers the particles of a model that unrolls itself; those of a series stand together."""
 
     def __init__(
-        self, model: StateSpaceModel, batch: Batch, how: Steering, generator: torch.Generator
+        self,
+        model: StateSpaceModel,
+        batch: Batch,
+        how: Steering,
+        rows: Rows,
+        generator: torch.Generator,
     ) -> None:
         self.model, self.how, self.generator = model, how, generator
-        count, steps = how.n_particles, batch.n_steps
-        ragged = Ragged.of(batch.lengths.repeat_interleave(count), steps)
+        count, steps, ragged = how.n_particles, batch.n_steps, rows.ragged
         # Series from the longest to the shortest, and how many of them reach each step.
         self.order = ragged.order[::count] // count
         self.sizes = [size // count for size in ragged.sizes]
-        place = ragged.place // (count * steps) * steps + ragged.place % steps
-        arrays = (batch.inputs_all().values, batch.x, *([] if batch.complete else [batch.mask]))
-        self.data = [x.flatten(0, 1).index_select(0, place).split(ragged.sizes) for x in arrays]
+        arrays = (rows.u.values, rows.series, rows.x, *(() if rows.mask is None else (rows.mask,)))
+        self.data = [x.split(ragged.sizes) for x in arrays]
         self.t = batch.inputs_all().t.unbind()
         self.log_weights = batch.x.new_zeros((len(batch.x), count), dtype=torch.float64)
-        own = torch.arange(count, device=place.device)
+        own = torch.arange(count, device=batch.x.device)
         self.ancestors = own.repeat(steps, len(self.order), 1)
         self.resampled = torch.zeros_like(batch.valid.t())
-        self.first = count * torch.arange(len(self.order), device=place.device)[:, None]
+        self.first = count * torch.arange(len(self.order), device=batch.x.device)[:, None]
 
     def __call__(
         self, t: int, rows: Int[Tensor, "rows"], h: Any, s: Any, z: Tensor, log_q: Tensor
     ) -> Int[Tensor, "later"] | None:
         """Weigh the particles of step t, and let them choose their ancestors."""
-        values, x, *mask = (part[t] for part in self.data)
+        values, series, x, *mask = (part[t] for part in self.data)
         u, later = Inputs(values, self.t[t]), self.sizes[t + 1]
-        emission = dist.expand(self.model.emission(s, u), (len(z),), x.shape[1])
-        log_w = dist.log_prob(emission, x, *mask).double()
-        log_w += self.how.beta * (_log_prior(self.model, h, u, z) - log_q)
-        weighed = weigh(self.log_weights + log_w.view(-1, self.how.n_particles))
-        self.log_weights = weighed.log_weights[:later]
-        done = self.how.resample(self.log_weights, weighed.ess[:later], self.generator)
-        if done is None:
+        with rows_of(series):
+            emission = dist.expand(self.model.emission(s, u), (len(z),), x.shape[1])
+            log_g = dist.log_prob(emission, x, *mask)
+            ratio = _log_prior(self.model, h, u, z) - log_q
+        how, log_w = self.how, torch.add(log_g.double(), ratio, alpha=self.how.beta)
+        log_w = self.log_weights + log_w.view(-1, how.n_particles)
+        found = select(log_w, later, how.scheme, how.threshold, self.generator)
+        self.log_weights, ancestors, resampled = found
+        if ancestors is None or resampled is None:
             return None
-        (ancestors, self.log_weights, _), self.resampled[t + 1, :later] = done
+        self.resampled[t + 1, :later] = resampled
         self.ancestors[t + 1, :later] = ancestors
-        return (ancestors + self.first[:later]).flatten()
+        return (ancestors + self.first[:later]).view(-1)
 
     def chosen(self) -> tuple[Int[Tensor, "series particle time"], Bool[Tensor, "series time"]]:
         """Ancestors of all steps, and which series were resampled."""
@@ -295,18 +368,58 @@ def _steered(
     given: tuple[Any, Tensor | None],
 ) -> Swarm | None:
     """The particles of a model that unrolls itself, out of its embedding and context."""
-    shape = (batch.n_series, how.n_particles)
-    pilot = _Pilot(model, batch, how, generator)
-    start = model.start((shape[0] * shape[1],))
+    rows = Rows.of(batch, how.n_particles)
+    pilot = _Pilot(model, batch, how, rows, generator)
+    start = model.start((batch.n_series * how.n_particles,))
     whole = (start, *given, batch.inputs_all())
     trace = unrolled(model, batch.lengths, generator, whole, pilot)
     if trace is None:
         return None
-    h, s, z, log_q = (
-        tree_map(lambda leaf: leaf.unflatten(0, shape), tree)
-        for tree in (trace.h, trace.s, trace.z, trace.log_q)
-    )
-    return Swarm(Along(h, s, 0), z, log_q, *pilot.chosen(), given[1])
+    assert trace.z is not None
+    path = Along(trace.h, trace.s, 0)
+    return Swarm(path, trace.z, trace.log_q, *pilot.chosen(), given[1], rows)
+
+
+# --------------------------------------------------------------------------------- log-densities
+
+
+def densities(model: StateSpaceModel, batch: Batch, swarm: Swarm, *, prior: bool) -> Densities:
+    """Log-densities along particles; that of the prior where it is asked for."""
+    if swarm.rows is not None:
+        return _densities_of_rows(model, swarm, swarm.rows, prior=prior)
+    wide = (*swarm.z.shape[:3], batch.x.shape[2])
+    seen, mask = batch.x[:, None].expand(wide), batch.mask[:, None].expand(wide)
+    log_g = joint.log_emission(model, batch, swarm.path, seen, mask)
+    log_f = joint.log_prior(model, batch, swarm.path, swarm.z) if prior else None
+    inside, log_q, extra = batch.valid[:, None], None, None
+    if swarm.log_q is not None:
+        log_q = torch.where(inside, swarm.log_q.double(), 0.0)
+    if swarm.context is not None:
+        known = batch.inputs_all()
+        u = Inputs(known.values[:, None], known.t)
+        extra = model.auxiliary(swarm.path.h, swarm.z, swarm.context[:, None], u)
+        extra = None if extra is None else torch.where(inside, extra.double(), 0.0)
+    return Densities(log_g, log_f, log_q, extra)
+
+
+def _densities_of_rows(
+    model: StateSpaceModel, swarm: Swarm, rows: Rows, *, prior: bool
+) -> Densities:
+    from seqdgm.recursion import StateSpaceModel
+
+    h, z, extra = swarm.path.h, swarm.z, None
+    with rows_of(rows.series):
+        emission = dist.expand(model.emission(swarm.path.s, rows.u), z.shape[:1], rows.x.shape[1])
+        log_g = dist.log_prob(emission, rows.x, rows.mask)
+        log_f = _log_prior(model, h, rows.u, z) if prior else None
+        if swarm.context is not None and type(model).auxiliary is not StateSpaceModel.auxiliary:
+            c = swarm.context.flatten(0, 1)
+            place = rows.ragged.shared(rows.n_particles)
+            extra = model.auxiliary(h, z, c.index_select(0, place), rows.u)
+    found = (log_g, log_f, swarm.log_q, extra)
+    padded = rows.pad(torch.stack([part for part in found if part is not None], 1).double())
+    columns = iter(padded.unbind(3))
+    return Densities._make(None if part is None else next(columns) for part in found)
 
 
 def increments(

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from seqdgm.kernels import particles as kernels
-from seqdgm.kernels.particles import resample
+from seqdgm.kernels.particles import check_drawn, resample
 from seqdgm.kernels.particles_types import Scheme, Weighed
 
 
@@ -81,8 +81,13 @@ def _ancestors(
     scheme: Scheme, log_weights: Float[Tensor, "series particle"], generator: torch.Generator
 ) -> Int[Tensor, "series particle"]:
     n, count = log_weights.shape
-    width = {"systematic": 1, "killing": 2 * count}.get(scheme, count)
-    return resample(scheme, log_weights, _uniforms(log_weights, (n, width), generator))
+    shape = (n, _numbers(scheme, count))
+    return resample(scheme, log_weights, _uniforms(log_weights, shape, generator))
+
+
+def _numbers(scheme: Scheme, count: int) -> int:
+    """Uniform numbers that a series takes."""
+    return {"systematic": 1, "killing": 2 * count}.get(scheme, count)
 
 
 def systematic(
@@ -376,6 +381,69 @@ def adaptive(resampler: Resampler, threshold: float) -> AdaptiveResampler:
         return drawn, needed
 
     return resample
+
+
+class Selection(NamedTuple):
+    """Normalised log-weights of series, after resampling where there was any.
+
+    Attributes
+    ----------
+    log_weights : Tensor of shape (series, particle)
+    ancestors : Tensor of int64, shape (series, particle), or None
+        None where no series was resampled.
+    resampled : Tensor of bool, shape (series,), or None
+        Which series were.
+    """
+
+    log_weights: Float[Tensor, "series particle"]
+    ancestors: Int[Tensor, "series particle"] | None
+    resampled: Bool[Tensor, "series"] | None
+
+
+def select(
+    log_weights: Float[Tensor, "series particle"],
+    survivors: int,
+    scheme: Scheme,
+    threshold: float,
+    generator: torch.Generator,
+) -> Selection:
+    """What `weigh` and then `adaptive` give for the first series, without a gradient.
+
+    Parameters
+    ----------
+    log_weights : Tensor of shape (series, particle)
+        Float64, not normalised.
+    survivors : int
+        How many series go on.
+    scheme : str
+        One of `RESAMPLERS`.
+    threshold : float
+        Share of the particles below which the effective sample size asks for resampling.
+    generator : torch.Generator
+
+    Examples
+    --------
+    >>> log_weights = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).double().log()
+    >>> found = select(log_weights, 2, "systematic", 0.9, torch.Generator().manual_seed(0))
+    >>> found.ancestors.tolist(), found.resampled.tolist()
+    ([[0, 1], [0, 0]], [False, True])
+    """
+    if not log_weights.is_cpu:
+        weighed = weigh(log_weights)
+        kept = weighed.log_weights[:survivors]
+        done = adaptive(RESAMPLERS[scheme], threshold)(kept, weighed.ess[:survivors], generator)
+        if done is None:
+            return Selection(kept, None, None)
+        return Selection(done[0].log_weights, done[0].ancestors, done[1])
+    from seqdgm.kernels import particles_cpu
+
+    shape = (survivors, _numbers(scheme, log_weights.shape[1]))
+    found = particles_cpu.select(
+        scheme, log_weights, survivors, threshold, lambda: _uniforms(log_weights, shape, generator)
+    )
+    if found[1] is not None and found[1].numpy().min() < 0:
+        check_drawn(found[1][:, 0], "log_weights of series")
+    return Selection(*found)
 
 
 AdaptiveResampler = Callable[

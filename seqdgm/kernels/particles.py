@@ -175,7 +175,7 @@ def resample(
     _check_uniforms(uniforms)
     kernels = _kernels_for(log_weights.detach(), implementation)
     ancestors: Tensor = kernels.resample(scheme, log_weights.detach(), uniforms.detach(), needed)
-    _check_drawn(ancestors[:, 0], "log_weights of series")
+    check_drawn(ancestors[:, 0], "log_weights of series")
     return ancestors
 
 
@@ -249,7 +249,7 @@ def pick(
     kernels = _kernels_for(log_weights.detach(), implementation)
     rows = log_weights.detach().reshape(-1, log_weights.shape[-1])
     drawn: Tensor = kernels.pick(rows, uniforms.detach().reshape(-1))
-    _check_drawn(drawn, "log_weights of row")
+    check_drawn(drawn, "log_weights of row")
     return drawn.view(uniforms.shape)
 
 
@@ -459,7 +459,7 @@ def _check_options(n_particles: int, threshold: float) -> None:
         raise ValueError(f"threshold is {threshold}; it must lie between 0 and 1")
 
 
-def _check_drawn(drawn: Int[Tensor, "row"], what: str) -> None:
+def check_drawn(drawn: Int[Tensor, "row"], what: str) -> None:
     """Refuse rows from which nothing can be drawn; the kernels mark them by -1."""
     bad = torch.nonzero(drawn < 0)
     if len(bad):

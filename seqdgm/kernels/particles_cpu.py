@@ -112,6 +112,35 @@ def resample(
     return torch.from_numpy(out)
 
 
+def select(
+    scheme: Scheme,
+    log_weights: Float[Tensor, "series particle"],
+    survivors: int,
+    threshold: float,
+    draw: Callable[[], Float[Tensor, "survivor number"]],
+) -> tuple[
+    Float[Tensor, "survivor particle"],
+    Int[Tensor, "survivor particle"] | None,
+    Bool[Tensor, "survivor"] | None,
+]:
+    """`weigh`, and `resample` where that is needed, for cloud after small cloud.
+
+    Between the loops there are a dozen operations on a few numbers, which cost more in tensors.
+    Parameters and results are those of `seqdgm.inference.resampling.select`; `draw` is asked for
+    uniform numbers in [0, 1) where there is something to draw.
+    """
+    weighed = weigh(log_weights)
+    kept, count = weighed.log_weights[:survivors], log_weights.shape[1]
+    needed = weighed.ess.numpy()[:survivors] < threshold * count
+    if threshold >= 1:
+        needed[:] = True
+    if not needed.any():
+        return kept, None, None
+    ancestors = resample(scheme, kept, draw(), torch.from_numpy(needed))
+    kept.numpy()[needed] = -math.log(count)
+    return kept, ancestors, torch.from_numpy(needed)
+
+
 def _resample_blocks(log_weights: np.ndarray, u: float, out: np.ndarray) -> None:
     """Systematic ancestors of one long series, its blocks in threads."""
     count = len(log_weights)

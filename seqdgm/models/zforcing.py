@@ -238,7 +238,10 @@ class ZForcing(DeepModel):
         found = self.recurrence.unroll(
             s, None, h.gates, read, networks, lengths, generator, None if steer is None else chosen
         )
-        given = (x[:, None].expand(-1, copies, -1, -1).flatten(0, 1) for x in (h.gates, h.hidden))
+        if found.rows is None:
+            return found._replace(h=Memory(found.h, h.gates, h.hidden))
+        place = found.rows.shared(copies)
+        given = (x.flatten(0, 1).index_select(0, place) for x in (h.gates, h.hidden))
         return found._replace(h=Memory(found.h, *given))
 
     def auxiliary(self, h: Memory, z: Tensor, c: Tensor, u: Inputs) -> Float[Tensor, "*batch"]:

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -31,6 +31,7 @@ class _Masks:
     generator: torch.Generator
     n_series: int
     drawn: dict[int, Bool[Tensor, "series features"]] = field(default_factory=dict)
+    rows: Int[Tensor, "rows"] | None = None
 
     def of(self, place: Dropout, width: int) -> Bool[Tensor, "series features"]:
         """Mask of a place, the same whenever it is asked for."""
@@ -61,6 +62,20 @@ def thinned(generator: torch.Generator, n_series: int) -> Iterator[None]:
         yield
     finally:
         _open.reset(token)
+
+
+@contextmanager
+def rows_of(series: Int[Tensor, "rows"]) -> Iterator[None]:
+    """Within it, the first axis is one of rows that belong to these series of the minibatch."""
+    masks = _open.get()
+    if masks is None:
+        yield
+        return
+    outer, masks.rows = masks.rows, series
+    try:
+        yield
+    finally:
+        masks.rows = outer
 
 
 class Dropout(nn.Module):
@@ -96,7 +111,7 @@ class Dropout(nn.Module):
         """Thinned features.
 
         The first axis is that of the series, each with as many rows one after another as it has
-        paths.
+        paths; unless `rows_of` says otherwise.
 
         Raises
         ------
@@ -112,7 +127,9 @@ class Dropout(nn.Module):
                 "seqdgm.nn.dropout.thinned(generator, n_series)"
             )
         mask = masks.of(self, x.shape[-1])
-        if x.shape[0] != masks.n_series:
+        if masks.rows is not None:
+            mask = mask.index_select(0, masks.rows)
+        elif x.shape[0] != masks.n_series:
             mask = mask.repeat_interleave(x.shape[0] // masks.n_series, 0)
         kept = mask.to(x.dtype) / (1 - self.rate)
         return x * kept.view(x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])

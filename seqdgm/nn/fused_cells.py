@@ -2,25 +2,37 @@ r"""Recurrent cells for loops over time that are differentiated by hand.
 
 A cell owns the rows of all steps (`seqdgm.nn.ragged`), views of which its two methods fill step by
 step: `ahead` forwards in time and `back` backwards. What the gradient of a gate is multiplied with
-is known after the forward pass and computed for all steps together. The equations are those of
-`torch.nn.RNN`, `torch.nn.GRU` and `torch.nn.LSTM`.
+is known after the forward pass and computed for all steps together; or, where that is more than a
+processor's cache holds, within one compiled pass over the rows of a step. The equations are those
+of `torch.nn.RNN`, `torch.nn.GRU` and `torch.nn.LSTM`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seqdgm.kernels.arrays import as_array
 from seqdgm.nn.ragged import Ragged
+
+WORTH = 2**17  # outputs below which a compiled loop is not loaded
 
 State = tuple[Tensor, ...]
 
 # Of a gradient and the activation's value.
 _through_tanh = torch.ops.aten.tanh_backward.grad_input
 _through_sigmoid = torch.ops.aten.sigmoid_backward.grad_input
+
+
+def pays(gradient: Float[Tensor, "rows hidden"]) -> bool:
+    """Whether a compiled backward pass, which is one for CPUs, is worth its loading."""
+    small = gradient.numel() < WORTH or gradient.dtype not in (torch.float32, torch.float64)
+    return gradient.device.type == "cpu" and not small
 
 
 class Ahead(ABC):
@@ -71,9 +83,13 @@ class Back(ABC):
     def back(self, t: int, target: State) -> None:
         """Turn step t; `target` is the total of the series that reach it one step before."""
 
-    @abstractmethod
-    def weights(self, before: Float[Tensor, "rows hidden"]) -> tuple[Tensor, Tensor]:
-        """Gradients for the recurrent weight and bias, given the outputs before each step."""
+    def weights(self, before: Float[Tensor, "rows hidden"]) -> Float[Tensor, "gates hidden"]:
+        """Gradient for the recurrent weight, given the outputs before each step."""
+        return self.given.t() @ before
+
+    def bias(self) -> Float[Tensor, "gates"]:
+        """Gradient for the recurrent bias."""
+        return self.given.sum(0)
 
 
 def before_each(start: Tensor, rows: Tensor, ragged: Ragged) -> Float[Tensor, "rows hidden"]:
@@ -130,9 +146,6 @@ class _TanhBack(Back):
     def back(self, t: int, target: State) -> None:
         total, slope = self.steps[t]
         target[0].addmm_(total.mul_(slope), self.weight)
-
-    def weights(self, before: Float[Tensor, "rows hidden"]) -> tuple[Tensor, Tensor]:
-        return self.given.t() @ before, self.given.sum(0)
 
 
 class _ReluBack(_TanhBack):
@@ -202,11 +215,17 @@ class _GRUBack(Back):
         torch.mul(slopes, spread, out=turned)
         target[0].addcmul_(total, keep).addmm_(own, self.weight)
 
-    def weights(self, before: Float[Tensor, "rows hidden"]) -> tuple[Tensor, Tensor]:
-        width = before.shape[1]
-        found = self.own.t() @ before, self.own.sum(0)
-        weight, bias = (torch.cat([x[width:], x[:width]]) for x in found)
-        return weight, bias
+    def weights(self, before: Float[Tensor, "rows hidden"]) -> Float[Tensor, "gates hidden"]:
+        return self._ordered(self.own.t() @ before)
+
+    def bias(self) -> Float[Tensor, "gates"]:
+        return self._ordered(self.own.sum(0))
+
+    @staticmethod
+    def _ordered(found: Tensor) -> Tensor:
+        """Those of n behind."""
+        width = len(found) // 3
+        return torch.cat([found[width:], found[:width]])
 
 
 # ------------------------------------------------------------------------------------------- LSTM
@@ -264,8 +283,34 @@ class _LSTMBack(Back):
         target[0].addmm_(given, self.weight)
         target[1].addcmul_(c, forget)
 
-    def weights(self, before: Float[Tensor, "rows hidden"]) -> tuple[Tensor, Tensor]:
-        return self.given.t() @ before, self.given.sum(0)
+
+class _CompiledLSTMBack(Back):
+    """The same in one pass over the rows of a step, which keeps no slopes."""
+
+    def __init__(
+        self, total: State, weight: Tensor, ragged: Ragged, start: State, kept: State
+    ) -> None:
+        h, c, gates, squashed = kept
+        turned = torch.empty_like(gates)
+        self.total, self.weight, self.given = total, weight, turned
+        self.arrays = tuple(as_array(x) for x in (*total, gates, squashed, turned))
+        self.start, self.cells = as_array(start[1]), as_array(c)
+        own = torch.arange(sum(ragged.sizes[:1]), device=h.device)
+        self.places = [x.numpy() for x in (own, *ragged.before.split(ragged.sizes[1:]))]
+        self.steps = turned.split(ragged.sizes)
+        self.first = [0, *accumulate(ragged.sizes)]
+
+    def back(self, t: int, target: State) -> None:
+        from seqdgm.kernels.lstm import turn
+
+        before = self.cells if t else self.start
+        turn(*self.arrays, before, self.places[t], target[1].numpy(), self.first[t])
+        target[0].addmm_(self.steps[t], self.weight)
+
+
+def _lstm_back(total: State, weight: Tensor, ragged: Ragged, start: State, kept: State) -> Back:
+    kind = _CompiledLSTMBack if pays(total[0]) else _LSTMBack
+    return kind(total, weight, ragged, start, kept)
 
 
 AHEAD: dict[str, type[Ahead]] = {
@@ -274,9 +319,9 @@ AHEAD: dict[str, type[Ahead]] = {
     "gru": _GRUAhead,
     "lstm": _LSTMAhead,
 }
-BACK: dict[str, type[Back]] = {
+BACK: dict[str, Callable[[State, Tensor, Ragged, State, State], Back]] = {
     "tanh": _TanhBack,
     "relu": _ReluBack,
     "gru": _GRUBack,
-    "lstm": _LSTMBack,
+    "lstm": _lstm_back,
 }

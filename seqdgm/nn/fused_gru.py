@@ -21,14 +21,6 @@ from torch import Tensor
 from seqdgm.nn.fused_cells import State, steps_of
 from seqdgm.nn.ragged import Ragged
 
-WORTH = 2**17  # outputs below which the compiled loop is not loaded
-
-
-def pays(gradient: Float[Tensor, "rows hidden"]) -> bool:
-    """Whether the compiled backward pass, which is one for CPUs, is worth its loading."""
-    small = gradient.numel() < WORTH or gradient.dtype not in (torch.float32, torch.float64)
-    return gradient.device.type == "cpu" and not small
-
 
 class GRUAhead:
     """The forward pass.

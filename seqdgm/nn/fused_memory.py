@@ -182,22 +182,24 @@ class _Memory(torch.autograd.Function):
         state, gates = first, cell.gates.split(ragged.sizes[1:])
         chosen: list[Tensor | None] = [None] * len(gates)
         rows = steps_of(ragged, a, out, loc, raw, scale, noise, z, read)
-        for t, (a_t, out_t, loc_t, raw_t, scale_t, noise_t, z_t, read_t) in enumerate(rows):
-            a_t.addmm_(state[0][: len(a_t)], p).relu_()
-            torch.addmm(w.out_bias, a_t, v, out=out_t)
-            torch.ops.aten.softplus.out(raw_t, out=scale_t).add_(min_scale)
-            torch.addcmul(loc_t, scale_t, noise_t, out=z_t)
-            if f is not None and w.features_bias is not None:
-                torch.addmm(w.features_bias, z_t, f, out=read_t).relu_()
-            if t < len(gates):
-                if steer is not None:
-                    h_t = tuple(part[: len(a_t)] for part in state)
-                    log_q = log_density(scale_t, noise_t)
-                    chosen[t] = steer(t, ragged.order[: len(a_t)], h_t, read_t, z_t, log_q)
-                    *parts, read_t = _gathered((*state, read_t), chosen[t])
-                    state = tuple(parts)
-                gates[t].addmm_(read_t[: len(gates[t])], r)
-                state = cell.ahead(t, state)
+        # What is made in here is never part of a graph, and calls are cheaper for it.
+        with torch.inference_mode():
+            for t, (a_t, out_t, loc_t, raw_t, scale_t, noise_t, z_t, read_t) in enumerate(rows):
+                a_t.addmm_(state[0][: len(a_t)], p).relu_()
+                torch.addmm(w.out_bias, a_t, v, out=out_t)
+                torch.ops.aten.softplus.out(raw_t, out=scale_t).add_(min_scale)
+                torch.addcmul(loc_t, scale_t, noise_t, out=z_t)
+                if f is not None and w.features_bias is not None:
+                    torch.addmm(w.features_bias, z_t, f, out=read_t).relu_()
+                if t < len(gates):
+                    if steer is not None:
+                        h_t = tuple(part[: len(a_t)] for part in state)
+                        log_q = log_density(scale_t, noise_t)
+                        chosen[t] = steer(t, ragged.order[: len(a_t)], h_t, read_t, z_t, log_q)
+                        *parts, read_t = _gathered((*state, read_t), chosen[t])
+                        state = tuple(parts)
+                    gates[t].addmm_(read_t[: len(gates[t])], r)
+                    state = cell.ahead(t, state)
         n = ragged.sizes[0]
         memories = [
             torch.cat([start[:n], part]) for start, part in zip(first, cell.kept, strict=False)
@@ -251,14 +253,13 @@ class _Memory(torch.autograd.Function):
         for_first = [torch.zeros_like(x) for x in first]
         for whole, part in zip(for_first, total, strict=True):
             whole[:n] = part[:n]
-        for_recurrent, for_bias = cell.weights(h.index_select(0, ragged.before))
         found = Weights(
             for_c.t() @ h,
             for_out.t() @ a,
             for_out.sum(0),
             cell.given.t() @ seen,
-            for_recurrent,
-            None if w.recurrent_bias is None else for_bias,
+            cell.weights(h.index_select(0, ragged.before)),
+            None if w.recurrent_bias is None else cell.bias(),
             None if w.features is None else for_seen.t() @ z.index_select(0, ragged.before),
             None if w.features is None else for_seen.sum(0),
         )

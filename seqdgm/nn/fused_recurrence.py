@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqdgm.nn.fused_cells import AHEAD, BACK, State, before_each
-from seqdgm.nn.fused_gru import GRUAhead, GRUBack, pays
+from seqdgm.nn.fused_cells import AHEAD, BACK, State, before_each, pays
+from seqdgm.nn.fused_gru import GRUAhead, GRUBack
 from seqdgm.nn.ragged import Ragged
 
 
@@ -183,4 +183,4 @@ def _turn(
     for t in range(len(sizes) - 1, -1, -1):
         ahead = tuple(x[t - 1] for x in blocks) if t else for_start
         cell.back(t, tuple(x[: sizes[t]] for x in ahead))
-    return _Turned((cell.given,), *cell.weights(before), for_start)
+    return _Turned((cell.given,), cell.weights(before), cell.bias(), for_start)

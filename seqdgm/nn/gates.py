@@ -124,7 +124,8 @@ class GatedCell(nn.Module):
 
         One path for each series, or as many as it has places in `start`, next to each other. The
         same numbers as step by step, in one hand-fused loop (`seqdgm.nn.fused_memory`). Beyond
-        a series' end the laws are standard normal, and memories and draws 0.
+        a series' end the laws are standard normal, and memories and draws 0; paths that are steered
+        stay rows.
 
         Parameters
         ----------
@@ -172,13 +173,13 @@ class GatedCell(nn.Module):
         path = draw_with_memory(
             self.kind, shared.pack(c), later, first, noise, weights, ragged, law.min_scale, steer
         )
+        if steer is not None:
+            law_of_rows = Normal(path.loc, path.scale, validate_args=False)
+            log_q = log_density(path.scale, noise)
+            return Unrolled(path.memory, path.z, law_of_rows, log_q, ragged)
         loc, scale = ragged.unpack(path.loc), ragged.unpack(path.scale, 1.0)
         states = tuple(ragged.unpack(part) for part in path.memory)
-        log_q = None
-        if steer is not None:
-            log_q = ragged.unpack(log_density(path.scale, noise)[:, None])[..., 0]
-        law_of_all = Normal(loc, scale, validate_args=False)
-        return Unrolled(states, ragged.unpack(path.z), law_of_all, log_q)
+        return Unrolled(states, ragged.unpack(path.z), Normal(loc, scale, validate_args=False))
 
 
 class GaussianLayer(nn.Module):

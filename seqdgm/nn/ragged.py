@@ -60,6 +60,14 @@ class Ragged(NamedTuple):
         """Rows of a padded tensor."""
         return x.flatten(0, 1).index_select(0, self.place)
 
+    def shared(self, copies: int) -> Int[Tensor, "rows"]:
+        """The places of the rows where each series has `copies` next to each other, if it had one.
+
+        So do the rows of all copies take what they have in common from (series / copies x time).
+        """
+        steps = self.shape[1]
+        return self.place // (copies * steps) * steps + self.place % steps
+
     def unpack(
         self, rows: Float[Tensor, "rows dim"], fill: float = 0.0
     ) -> Float[Tensor, "series time dim"]:
