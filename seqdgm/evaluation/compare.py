@@ -23,6 +23,7 @@ from seqdgm.evaluation.backtest import (
 )
 from seqdgm.evaluation.checkpoint import Scored
 from seqdgm.evaluation.defaults import default_models, infer_season
+from seqdgm.evaluation.latent_table import Align, accuracy_table, add_accuracy, check_states
 from seqdgm.evaluation.provenance import describe
 from seqdgm.evaluation.significance import Ranking, rank_models
 from seqdgm.evaluation.traces import states_table, training_table
@@ -72,6 +73,13 @@ class Comparison:
         its whole history) and the predicted ones after it, in the units of the model; the last 300
         steps and first 8 states of up to 8 series, evenly chosen. None for models that no engine
         smooths, and for series of more than 20,000 steps.
+    state_accuracy : DataFrame
+        Where the true states are known, one row for each model and ``which`` ("filtered" or
+        "smoothed"), on the second half of the history of the last window. ``aligned``: "no", or
+        "affine" for states mapped to the truth by a map learned on the first half; ``RMSE`` (units
+        of the states), ``NEES`` (divided by the dimension, so that 1 is right), ``coverage-80`` and
+        ``coverage-95`` (per cent), each with a standard error over the series; ``series``. See
+        `seqdgm.evaluation.latent`. Models without states have no row.
     training : DataFrame
         ``model, window, curve, unit, iteration, value`` of every fit by iterations: ``curve`` is
         "objective", "validation", or "kept", at the epoch whose weights were kept.
@@ -117,6 +125,7 @@ class Comparison:
     states: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
     training: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    state_accuracy: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
 
     def __repr__(self) -> str:
         head = f"horizon={self.horizon}, season={self.season}"
@@ -246,6 +255,8 @@ def compare(
     aggregate: leaderboard.Weights = "series",
     errors: Errors = "record",
     cache: str | Path | None = None,
+    states: Any = None,
+    align: Align = "auto",
 ) -> Comparison:
     """Score models side by side on held-out data.
 
@@ -253,9 +264,9 @@ def compare(
     ----------
     models : SequenceModel, list of them, dict of name to model, or None
         None takes `default_models` with the settings that the data set recommends.
-    data : Dataset or array_like
-        A data set of `seqdgm.datasets` (which knows its horizon and season), or data in any form
-        of `Panel.of`.
+    data : Dataset, Simulation or array_like
+        A data set of `seqdgm.datasets` (which knows its horizon and season), a simulation (which
+        knows its states), or data in any form of `Panel.of`.
     horizon : int, optional
         Steps to forecast; needed unless `data` is a data set with a default.
     season : int, optional
@@ -271,12 +282,19 @@ def compare(
     aggregate : {"series", "pooled"}
         Whether the means of the table are over the series' own scores, as in M4, or over all
         points, as in M3 and Tourism.
+    states : array_like of shape (series, time, state), optional
+        True states of every step, NaN where they are not known; default those of a simulation.
+    align : {"auto", "affine", None}
+        Whether a model's states are mapped to the true ones before they are scored. The states of
+        a learned model are fixed only up to an invertible map. "auto" maps those of models that
+        have to be fitted, and takes those of a model whose parameters were all given as they are;
+        "affine" maps all; None scores only the latter.
 
     Returns
     -------
     Comparison
         ``.table`` (model x metric), ``.scores``, ``.forecasts``, ``.plot()``, ``.to_csv(path)``,
-        ``.report(path)``.
+        ``.report(path)``, ``.state_accuracy``.
 
     Raises
     ------
@@ -292,8 +310,13 @@ def compare(
     >>> list(result.table.index)
     ['SeasonalNaive']
     """
+    from seqdgm.datasets import Simulation
+
     leaderboard.check_choices(test, aggregate)
+    if isinstance(data, Simulation):
+        data, states = data.y, data.states if states is None else states
     panel, horizon, season, defaults = _settings(data, horizon, season)
+    truth = None if states is None else check_states(states, panel, align)
     named = name_models(default_models(season, horizon, defaults) if models is None else models)
     baseline = _baseline(named, baseline)
     run = Run(
@@ -315,10 +338,16 @@ def compare(
     newest = run.windows[-1].number
 
     def score(record: Record) -> Scored:
-        states = record.window.number == newest
-        return leaderboard.score(record, season, level, n_samples, states=states)
+        last = record.window.number == newest
+        scored = leaderboard.score(record, season, level, n_samples, states=last)
+        given = named[record.model].ready
+        if truth is None or not last or (align is None and not given):
+            return scored
+        return add_accuracy(scored, record, truth, align == "affine" or not given)
 
-    parts = list(run_parts(run, score, scored_with_season=season))
+    depends = {"scored_with_season": season}
+    depends |= {} if truth is None else {"states": truth, "align": align}
+    parts = list(run_parts(run, score, **depends))
     units = leaderboard.units(run, parts)
     forecasts, failures = assemble(run, parts), failure_rows(run, parts)
     note_failures(forecasts, failures)
@@ -341,6 +370,7 @@ def compare(
         states_table(run, parts),
         training_table(parts),
         describe(run),
+        accuracy_table(parts),
     )
 
 
