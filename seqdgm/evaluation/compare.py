@@ -345,7 +345,7 @@ def compare(
             return scored
         return add_accuracy(scored, record, truth, align == "affine" or not given)
 
-    depends = {"scored_with_season": season}
+    depends: dict[str, Any] = {"scored_with_season": season}
     depends |= {} if truth is None else {"states": truth, "align": align}
     parts = list(run_parts(run, score, **depends))
     units = leaderboard.units(run, parts)
