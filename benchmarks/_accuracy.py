@@ -232,8 +232,12 @@ def measure(plan: Plan, options: argparse.Namespace) -> tuple[Series, dict[str, 
     return series, found
 
 
-def arguments(about: str | None, names: Sequence[str]) -> argparse.Namespace:
+def arguments(
+    about: str | None, names: Sequence[str], tables: Sequence[str] = ()
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about)
+    if tables:
+        parser.add_argument("--table", action="append", choices=tables, help="default all")
     parser.add_argument("--data", action="append", choices=names, help="data sets; default all")
     parser.add_argument("--model", action="append", help="only this model (repeatable)")
     parser.add_argument("--limit", type=int, help="series of each data set at most")

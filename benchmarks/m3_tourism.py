@@ -5,7 +5,8 @@ Which models an average takes was chosen on the end of the training part (``--va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,17 +55,11 @@ TRAINING = {"valid_fraction": 0.0, "schedule": "cosine"}
 EPOCHS = 20
 
 
-def entries(season: int) -> Mapping[str, Entry]:
-    """The models of one frequency."""
+def statistical(season: int) -> Mapping[str, Entry]:
+    """Models fitted series by series, and one state space for all."""
     seasonal: dict[str, Any] = {}
     if season > 1:
         seasonal = {"seasonal": season, "seasonal_kind": "trigonometric"}
-    deep: dict[str, Any] = {
-        "season": season if season > 1 else None,
-        "transform": "log",
-        "max_epochs": EPOCHS,
-        "learning_rate": 1e-2,
-    }
 
     def structural(trend: str | None, transform: str | None) -> Entry:
         return Entry(sq.StructuralSSM(trend=trend, transform=transform, **seasonal))
@@ -82,21 +77,40 @@ def entries(season: int) -> Mapping[str, Entry]:
             {"pooled": True, "max_iter": 30},
             pooled=True,
         ),
-        "RNN": Entry(sq.RNN(cell="gru", hidden_dim=32, **deep), TRAINING, pooled=True),
+    }
+
+
+def deep(season: int) -> Mapping[str, Entry]:
+    """Networks with one set of parameters for all series."""
+    common: dict[str, Any] = {
+        "season": season if season > 1 else None,
+        "transform": "log",
+        "max_epochs": EPOCHS,
+        "learning_rate": 1e-2,
+    }
+    return {
+        "RNN": Entry(sq.RNN(cell="gru", hidden_dim=32, **common), TRAINING, pooled=True),
         "DMM": Entry(
-            sq.DMM(latent_dim=4, hidden_dim=24, encoder_dim=24, kl_warmup=5, **deep),
+            sq.DMM(latent_dim=4, hidden_dim=24, encoder_dim=24, kl_warmup=5, **common),
             TRAINING,
             pooled=True,
         ),
     }
 
 
-PLANS = tuple(
-    Plan(f"{data}-{frequency}", entries(season), {AVERAGE: AVERAGES[data]})
-    for data in ("m3", "tourism")
-    for frequency, season in SEASONS.items()
-    if (data, frequency) != ("tourism", "other")
-)
+def plans(data: str, family: Callable[[int], Mapping[str, Entry]]) -> tuple[Plan, ...]:
+    """All frequencies of a competition."""
+    averages = {AVERAGE: AVERAGES[data]} if family is statistical else {}
+    frequencies = list(SEASONS) if data == "m3" else list(SEASONS)[:3]
+    return tuple(Plan(f"{data}-{one}", family(SEASONS[one]), averages) for one in frequencies)
+
+
+TABLES = {
+    "m3_accuracy": plans("m3", statistical),
+    "m3_accuracy_deep": plans("m3", deep),
+    "tourism_accuracy": plans("tourism", statistical),
+    "tourism_accuracy_deep": plans("tourism", deep),
+}
 
 
 def pooled(parts: list[tuple[Series, Forecasts]]) -> list[str]:
@@ -113,40 +127,56 @@ def pooled(parts: list[tuple[Series, Forecasts]]) -> list[str]:
     return [form.format(said[key]) if key in said else "" for key, form in FORMATS.items()]
 
 
-def main() -> None:
-    options = arguments(__doc__, [plan.data for plan in PLANS])
+def tabulate_one(table: str, options: argparse.Namespace) -> None:
+    """Measure and write one table."""
     rows, whole, seconds = [], {}, 0.0
-    for plan in PLANS:
+    competition, *_ = table.split("_")
+    for plan in TABLES[table]:
         if options.data and plan.data not in options.data:
             continue
         series, found = measure(plan, options)
         seconds += cost(plan, found)
-        data, _, frequency = plan.data.partition("-")
-        head = f"{data.title()}, {len(series.train):,} {frequency}"
+        frequency = plan.data.removeprefix(f"{competition}-")
+        head = f"{len(series.train):,} {frequency}"
         for name, forecasts in found.items():
             given = scores(series, forecasts)
             rows.append([head, name, *(f.format(given[key]) for key, f in FORMATS.items())])
-            if data == "m3":
-                whole.setdefault(name, []).append((series, forecasts))
-        if data == "tourism":
+            whole.setdefault(name, []).append((series, forecasts))
+        if competition == "tourism":
             value = PUBLISHED_TOURISM[frequency]
             rows.append([head, "AutoETS, published", f"{value:.3f}", "", "", "", ""])
-    if is_complete(options):
-        head = "M3, all 3,003, pooled over points"
+    if competition == "m3" and is_complete(options):
+        head = "all 3,003, over points"
         rows += [[head, name, *pooled(parts)] for name, parts in whole.items()]
         rows += [
             [head, f"{name}, published", "", f"{value:.2f}", "", "", ""]
             for name, value in PUBLISHED_M3.items()
         ]
-    about = (
-        "M3 and Tourism competitions. MASE and sMAPE of a frequency are means over its series, of "
-        "M3 as a whole over all points. Point forecasts are medians; the plain average is that of "
-        f"medians and of ends of intervals: of {', '.join(AVERAGES['m3'])} on M3, of "
-        f"{', '.join(AVERAGES['tourism'])} on Tourism, as chosen on the end of the training part. "
-        f"LinearGaussianSSM, RNN and DMM have one set of parameters a frequency; RNN and DMM were "
-        f"trained for {EPOCHS} epochs. Wall-clock seconds, one thread, beside other work."
+    write(table, describe(table), COLUMNS, rows, TABLES[table], options, seconds)
+
+
+def describe(table: str) -> str:
+    """What a table shows."""
+    competition = table.split("_")[0]
+    own = (
+        f"RNN and DMM were trained for {EPOCHS} epochs, with one set of parameters a frequency."
+        if table.endswith("deep")
+        else f"The plain average is that of {', '.join(AVERAGES[competition])}, medians and ends "
+        "of intervals alike; LinearGaussianSSM has one set of parameters a frequency."
     )
-    write("m3_tourism", about, COLUMNS, rows, PLANS, options, seconds)
+    return (
+        f"{competition.title()} competition. MASE and sMAPE of a frequency are means over its "
+        f"series. Point forecasts are medians. {own} Wall-clock seconds, one thread, beside other "
+        "work."
+    )
+
+
+def main() -> None:
+    names = dict.fromkeys(plan.data for plans in TABLES.values() for plan in plans)
+    options = arguments(__doc__, list(names), list(TABLES))
+    for table in TABLES:
+        if not options.table or table in options.table:
+            tabulate_one(table, options)
 
 
 if __name__ == "__main__":
