@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from _accuracy import (
+    ABOUT_TIMES,
     Entry,
     Forecasts,
     Plan,
@@ -166,8 +167,7 @@ def describe(table: str) -> str:
     )
     return (
         f"{competition.title()} competition. MASE and sMAPE of a frequency are means over its "
-        f"series. Point forecasts are medians. {own} Wall-clock seconds, one thread, beside other "
-        "work."
+        f"series. Point forecasts are medians. {own} {ABOUT_TIMES}"
     )
 
 

@@ -5,7 +5,7 @@ Models and averages were chosen on the end of the training part (``--validate``)
 
 from __future__ import annotations
 
-from _accuracy import Entry, Plan, arguments, cost, measure, scores, write
+from _accuracy import ABOUT_TIMES, Entry, Plan, arguments, cost, measure, scores, write
 
 import seqdgm as sq
 
@@ -92,7 +92,7 @@ def main() -> None:
         seconds += cost(plan, found)
         head = f"{len(series.train)} {plan.data.removeprefix('m4-')}"
         for name, forecasts in found.items():
-            given = scores(series, forecasts)
+            given = scores(series, forecasts, relative=True)
             cells = [form.format(given[key]) for key, form in FORMATS.items()]
             rows.append([head, name, *cells])
         blank = [""] * (len(FORMATS) - 1)
@@ -104,8 +104,7 @@ def main() -> None:
         "M4 competition. sMAPE and MASE are means over the series, OWA is relative to Naive2, MSIS "
         "and ACD belong to 95 % intervals, in the definitions of the competition. Point forecasts "
         "are medians; averages are plain means of medians and of the ends of intervals. Models and "
-        "averages were chosen on the end of the training part. Wall-clock seconds, one thread, "
-        "beside other work."
+        "averages were chosen on the end of the training part. " + ABOUT_TIMES
     )
     write("m4", about, COLUMNS, rows, PLANS, options, seconds)
 

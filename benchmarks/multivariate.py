@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from _accuracy import SEED, Entry, Plan, arguments, write
+from _accuracy import ABOUT_TIMES, SEED, Entry, Plan, arguments, write
 
 import seqdgm as sq
 from seqdgm.model import SequenceModel
@@ -163,7 +163,7 @@ def tabulate_one(table: str, options: argparse.Namespace) -> None:
         "(published ones are of more quantiles). exchange_rate: learned from 6,071 days, five "
         "windows of 30; national_illness: 773 weeks, eight windows of 24; etth1: the 2,880 hours "
         "before the test part, twenty windows of 24. Fitted once, before the first window. "
-        f"Wall-clock seconds, one thread, beside other work.{own}"
+        f"{ABOUT_TIMES}{own}"
     )
     plans = [one.plan for one in TABLES[table]]
     write(table, about, COLUMNS, rows, plans, options, seconds)
