@@ -21,9 +21,12 @@ def describe(record: Mapping[str, Any]) -> str:
     tasks = record.get("tasks", ())
     peers = {row["package"] for task in tasks for row in task["contenders"]}
     shown = sorted(name for name in {*peers, "numpy", "numba", "torch"} if name in versions)
+    spent = "."
+    if "hours" in record:
+        spent = f"; seed {record['seed']}, {record['hours']:.2g} hours."
     return (
         f"{record['date']}; {record['cpu']}, {record['cores']} cores; threads: {threads}; Python "
-        f"{record['python']}, " + ", ".join(f"{name} {versions[name]}" for name in shown) + "."
+        f"{record['python']}, " + ", ".join(f"{name} {versions[name]}" for name in shown) + spent
     )
 
 
