@@ -185,7 +185,7 @@ def measure(task: Task, name: str) -> dict[str, Any]:
     particles = DEEP_PARTICLES if name in LEARNED else PARTICLES
     known = {"method": method, "n_particles": particles, "seed": 0}
     few = None if task.inputs is None else task.inputs[:5]
-    model.filter(sq.Panel.of(task.test.values[:1, :5]), few, **known)  # imports and compiles
+    model.filter(sq.Panel.of(task.test.values[:, :5]), few, **known)  # imports and compiles
     begin = time.process_time()
     found = model.filter(task.test, task.inputs, **known)
     seconds = time.process_time() - begin
