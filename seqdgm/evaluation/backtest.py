@@ -224,8 +224,8 @@ class Run:
 
     def job(self, score: Callable[[Record], Scored]) -> Job:
         """Return what all tasks have in common."""
-        names = ("models", "fit_options", "horizon", "n_windows", "step", "refit", "level")
-        names += ("n_samples", "seed", "errors")
+        names = ["models", "fit_options", "horizon", "n_windows", "step", "refit", "level"]
+        names += ["n_samples", "seed", "errors"]
         return Job(**{name: getattr(self, name) for name in names}, score=score)
 
     def checkpoint(self, **settings: Any) -> Checkpoint | None:

@@ -115,8 +115,9 @@ class Checkpoint:
             pd.read_parquet(self._path(model, number, first, name)) for name in _FRAMES
         )
         failures = tuple(Failure(*failure) for failure in held["failures"])
-        times = [float(held[name]) for name in _TIMES]
-        return Part(model, number, columns, scores, pit, traces, failures, *times, first)
+        fit, forecast, peak = (float(held[name]) for name in _TIMES)
+        frames = (columns, scores, pit, traces)
+        return Part(model, number, *frames, failures, fit, forecast, peak, first)
 
     def save(self, part: Part) -> None:
         """Write a part; it counts as finished once its last file, the note, is there."""

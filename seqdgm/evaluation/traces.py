@@ -80,7 +80,8 @@ def thin(traces: Sequence[tuple[int, pd.DataFrame]]) -> pd.DataFrame:
     As in `trace`, one training curve (of the first part that has one) and the
     states of `MAX_SERIES` series; whatever else is kept of a series is kept.
     """
-    curves, states = [], []
+    curves: list[pd.DataFrame] = []
+    states: list[pd.DataFrame] = []
     for first, frame in traces:
         if frame.empty:
             continue
