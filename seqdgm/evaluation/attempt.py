@@ -63,6 +63,11 @@ class Record:
     fitted: tuple[Fitted, ...] = ()
 
 
+def separate(model: SequenceModel, options: Mapping[str, Any]) -> bool:
+    """Whether each series has a fit of its own, so that a panel may be taken apart."""
+    return model.per_series and not options.get("pooled", False)
+
+
 def attempt(
     name: str,
     model: SequenceModel,
@@ -89,7 +94,6 @@ def attempt(
                     part = window.select(one.rows)
                     _again(one, part, n_samples, clock, done, failures, errors)
             else:
-                separate = model.per_series and not options.get("pooled", False)
                 todo = [list(range(window.train.n_series))]
                 while todo:
                     rows = todo.pop(0)
@@ -100,7 +104,7 @@ def attempt(
                     except MODEL_ERRORS as error:
                         if errors == "raise":
                             raise
-                        if separate and len(rows) > 1:
+                        if len(rows) > 1 and separate(model, options):
                             # Halving finds one bad series among N with log N fits of the others.
                             half = len(rows) // 2
                             todo[:0] = [rows[:half], rows[half:]]

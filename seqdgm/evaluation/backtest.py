@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import pandas as pd
 
-from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Fitted, Record, attempt
+from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Record, separate
 from seqdgm.evaluation.checkpoint import (
     Checkpoint,
     Part,
@@ -21,8 +20,9 @@ from seqdgm.evaluation.checkpoint import (
     digest_panel,
     digest_settings,
 )
+from seqdgm.evaluation.cluster import run_tasks
+from seqdgm.evaluation.parts import Job, PartTask, Rows, Slice, join_parts, make_parts
 from seqdgm.evaluation.windows import Window, cut_windows, series_name
-from seqdgm.inference import warm_up
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
 
@@ -36,6 +36,9 @@ __all__ = [
     "run_parts",
     "series_name",
 ]
+
+# Large enough that batched fits lose nothing, small enough that a partition's draws fit in memory.
+PARTITION_SIZE = 2000
 
 Models = SequenceModel | Sequence[SequenceModel] | Mapping[str, SequenceModel]
 
@@ -56,6 +59,8 @@ def backtest(
     fit_options: Mapping[str, Mapping[str, Any]] | None = None,
     errors: Errors = "record",
     cache: str | Path | None = None,
+    cluster: str | None = None,
+    partition_size: int = PARTITION_SIZE,
 ) -> pd.DataFrame:
     r"""Forecast from several origins in the past, each with what was known there.
 
@@ -97,6 +102,13 @@ def backtest(
         call goes on after an interruption; needs a `seed`. Models may be added. Other data, other
         settings, or another model of the same name are refused. With ``refit=False`` the windows
         of a model share its fit, and are kept or repeated together.
+    cluster : str, optional
+        Where the work is done: None in this process; ``"ray"`` on the Ray cluster that is there or
+        on this machine; or the address of one, as ``"ray://host:10001"``. The tasks, and so the
+        result, are the same anywhere. Needs ``pip install 'seqdgm[cluster]'``.
+    partition_size : int
+        Series of a task, for models that fit each series on its own; other models take the panel
+        whole. The random numbers of a series depend on it, nothing else does.
 
     Returns
     -------
@@ -140,9 +152,11 @@ def backtest(
         fit_options=fit_options or {},
         errors=errors,
         cache=cache,
+        cluster=cluster,
+        partition_size=partition_size,
     )
     nothing = pd.DataFrame()
-    parts = list(run_parts(run, lambda record: Scored(nothing, nothing, nothing)))
+    parts = run_parts(run, lambda record: Scored(nothing, nothing, nothing))
     frame = assemble(run, parts)
     note_failures(frame, failure_rows(run, parts))
     return frame
@@ -166,6 +180,8 @@ class Run:
     fit_options: Mapping[str, Mapping[str, Any]]
     errors: Errors
     cache: str | Path | None
+    cluster: str | None
+    partition_size: int
     windows: list[Window] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,10 +196,37 @@ class Run:
                 "cache needs a seed: without one a continued run is not the run that began; pass "
                 "seed=0, say"
             )
+        if int(self.partition_size) != self.partition_size or self.partition_size < 1:
+            raise ValueError(
+                f"partition_size={self.partition_size!r} must be a whole number, at least 1"
+            )
         windows = cut_windows(
             self.panel, self.horizon, self.n_windows, self.step, self.inputs, self.seed
         )
         object.__setattr__(self, "windows", windows)
+
+    def partitions(self, name: str) -> list[Rows]:
+        """Take the series apart where the named model fits each on its own."""
+        n = self.panel.n_series
+        split = separate(self.models[name], self.fit_options.get(name, {}))
+        size = self.partition_size if split else n
+        return [Rows(first, min(first + size, n)) for first in range(0, n, size)]
+
+    def slice(self, rows: Rows) -> Slice:
+        """Return the data of some series."""
+        panel, inputs = self.panel, self.windows[-1].inputs
+        if rows.stop - rows.first < panel.n_series:
+            places = list(range(*rows))
+            panel = panel.select(places)
+            if inputs is not None and inputs.n_series > 1:
+                inputs = inputs.select(places)
+        return Slice(panel, inputs, rows.first)
+
+    def job(self, score: Callable[[Record], Scored]) -> Job:
+        """Return what all tasks have in common."""
+        names = ["models", "fit_options", "horizon", "n_windows", "step", "refit", "level"]
+        names += ["n_samples", "seed", "errors"]
+        return Job(**{name: getattr(self, name) for name in names}, score=score)
 
     def checkpoint(self, **settings: Any) -> Checkpoint | None:
         """Open the cache; `settings` are what the caller's parts depend on besides the run's."""
@@ -191,6 +234,8 @@ class Run:
             return None
         names = ("horizon", "n_windows", "step", "refit", "level", "n_samples", "seed")
         common = {name: getattr(self, name) for name in names}
+        if self.panel.n_series > self.partition_size:
+            common["partition_size"] = self.partition_size
         inputs = self.windows[-1].inputs
         return Checkpoint(
             self.cache,
@@ -203,57 +248,49 @@ class Run:
         )
 
 
-def run_parts(
-    run: Run,
-    score: Callable[[Record], Scored],
-    **settings: Any,
-) -> Iterator[Part]:
-    """Yield a `Part` for each window and model, oldest window first.
+def run_parts(run: Run, score: Callable[[Record], Scored], **settings: Any) -> list[Part]:
+    """Return a `Part` for each window and model, oldest window first.
 
-    A generator, so that a forecast can be scored and let go before the next one is made: its draws
-    are many times the size of what is kept of it. `score` makes of a record what is kept beside
-    the forecast, and says what of it failed; `settings` are what it depends on.
+    `score` makes of a record what is kept beside the forecast, and says what of it failed, so that
+    the draws, many times the size of what is kept of them, go before the next ones are made;
+    `settings` are what it depends on. Locally and on a cluster the same tasks are carried out.
     """
     checkpoint = run.checkpoint(**settings)
-    finished = {} if checkpoint is None else _finished(run, checkpoint)
-    for name, model in run.models.items():
-        if any((name, window.number) not in finished for window in run.windows):
-            warm_up(model)  # or the first model would be charged for imports and compilation
-    fitted: dict[str, list[Fitted]] | None = None if run.refit else {}
-    with _progress_bar(run.progress, len(run.models) * run.n_windows) as advance:
-        for window in run.windows:
-            for name, model in run.models.items():
-                advance(f"{name}, window {window.number + 1} of {run.n_windows}")
-                if (name, window.number) in finished:
-                    yield finished[name, window.number]
-                    continue
-                options = run.fit_options.get(name, {})
-                record = attempt(name, model, window, run.n_samples, options, fitted, run.errors)
-                scored = score(record)
-                part = Part(
-                    name,
-                    window.number,
-                    forecast_columns(record, run.level),
-                    scored.scores,
-                    scored.pit,
-                    scored.traces,
-                    (*record.failures, *scored.failures),
-                    record.fit_seconds,
-                    record.forecast_seconds,
-                    record.peak_mb,
-                )
+    found: dict[tuple[str, int], list[Part]] = {
+        (name, window.number): [] for window in run.windows for name in run.models
+    }
+    tasks = []
+    for name in run.models:
+        for rows in run.partitions(name):
+            held = [] if checkpoint is None else _finished(run, checkpoint, name, rows)
+            for part in held:
+                found[name, part.number].append(part)
+            done = {part.number for part in held}
+            left = tuple(window.number for window in run.windows if window.number not in done)
+            # Without refit the windows share a fit, and so a task.
+            groups = [(number,) for number in left] if run.refit else [left] if left else []
+            tasks += [PartTask(name, rows, numbers) for numbers in groups]
+    tasks.sort(key=lambda task: (task.data.first, task.numbers[0]))
+    held_back = sum(map(len, found.values()))
+    total = held_back + sum(len(task.numbers) for task in tasks)
+    with progress_bar(run.progress, total) as advance:
+        advance(held_back, "")
+        results = run_tasks(
+            make_parts, tasks, common=run.job(score), load=run.slice, cluster=run.cluster
+        )
+        for task, parts in results:
+            for part in parts:
                 if checkpoint is not None:
                     checkpoint.save(part)
-                yield part
+                found[task.model, part.number].append(part)
+            advance(len(parts), f"{task.model}, window {task.numbers[-1] + 1} of {run.n_windows}")
+    return [join_parts(parts, run.panel.n_series) for parts in found.values()]
 
 
-def _finished(run: Run, checkpoint: Checkpoint) -> dict[tuple[str, int], Part]:
-    found = {}
-    for name in run.models:
-        parts = [checkpoint.load(name, window.number) for window in run.windows]
-        if run.refit or all(parts):
-            found.update({(name, part.number): part for part in parts if part is not None})
-    return found
+def _finished(run: Run, checkpoint: Checkpoint, name: str, rows: Rows) -> list[Part]:
+    """The parts of some series that are kept; without refit all windows or none."""
+    parts = [checkpoint.load(name, window.number, rows.first) for window in run.windows]
+    return [part for part in parts if part is not None] if run.refit or all(parts) else []
 
 
 def name_models(models: Models) -> dict[str, SequenceModel]:
@@ -271,17 +308,6 @@ def name_models(models: Models) -> dict[str, SequenceModel]:
     if not named:
         raise ValueError("no models were given; pass at least one")
     return named
-
-
-def forecast_columns(record: Record, level: Sequence[float]) -> pd.DataFrame:
-    """Mean and interval columns of one record, NaN where the model failed."""
-    if record.forecast is not None:
-        frame = replace(record.forecast, model=record.model).to_frame(level)
-        return frame.drop(columns=["unique_id", "ds"])
-    names = [record.model]
-    names += [f"{record.model}-{end}-{lv:g}" for lv in level for end in ("lo", "hi")]
-    held = record.window.held_out
-    return pd.DataFrame(np.nan, index=range(int(held.lengths.sum()) * held.n_dims), columns=names)
 
 
 def assemble(
@@ -324,9 +350,10 @@ def note_failures(frame: pd.DataFrame, failures: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def _progress_bar(show: bool, total: int) -> Iterator[Callable[[str], None]]:
+def progress_bar(show: bool, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show how many parts are done, on standard error, as the function given says."""
     if not show:
-        yield lambda text: None
+        yield lambda parts, text: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -338,9 +365,9 @@ def _progress_bar(show: bool, total: int) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total, completed=-1)
+        task = bar.add_task("", total=total)
 
-        def advance(text: str) -> None:
-            bar.update(task, advance=1, description=text)
+        def advance(parts: int, text: str) -> None:
+            bar.update(task, advance=parts, description=text)
 
         yield advance

@@ -47,6 +47,8 @@ class Part(NamedTuple):
         Mean and intervals, the rows of `Window.truth`.
     scores, pit, traces : DataFrame
         As in `Scored`.
+    first : int
+        Position of its first series among all.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Part(NamedTuple):
     fit_seconds: float
     forecast_seconds: float
     peak_mb: float
+    first: int = 0
 
 
 class Checkpoint:
@@ -102,30 +105,33 @@ class Checkpoint:
             )
         write_whole(run, json.dumps(found, indent=1, sort_keys=True).encode())
 
-    def load(self, model: str, number: int) -> Part | None:
+    def load(self, model: str, number: int, first: int = 0) -> Part | None:
         """Return a finished part, or None."""
-        note = self._path(model, number, "json")
+        note = self._path(model, number, first, "json")
         if not note.is_file():
             return None
         held = json.loads(note.read_text())
         columns, scores, pit, traces = (
-            pd.read_parquet(self._path(model, number, name)) for name in _FRAMES
+            pd.read_parquet(self._path(model, number, first, name)) for name in _FRAMES
         )
         failures = tuple(Failure(*failure) for failure in held["failures"])
-        times = [float(held[name]) for name in _TIMES]
-        return Part(model, number, columns, scores, pit, traces, failures, *times)
+        fit, forecast, peak = (float(held[name]) for name in _TIMES)
+        frames = (columns, scores, pit, traces)
+        return Part(model, number, *frames, failures, fit, forecast, peak, first)
 
     def save(self, part: Part) -> None:
         """Write a part; it counts as finished once its last file, the note, is there."""
         for name in _FRAMES:
             payload = getattr(part, name).to_parquet(None)
-            write_whole(self._path(part.model, part.number, name), payload)
+            write_whole(self._path(part.model, part.number, part.first, name), payload)
         note = {key: getattr(part, key) for key in ("failures", *_TIMES)}
-        write_whole(self._path(part.model, part.number, "json"), json.dumps(note).encode())
+        path = self._path(part.model, part.number, part.first, "json")
+        write_whole(path, json.dumps(note).encode())
 
-    def _path(self, model: str, number: int, what: str) -> Path:
+    def _path(self, model: str, number: int, first: int, what: str) -> Path:
         # The digest names the file: a model's own name may hold what no file name can.
         stem = f"{self._digests[model][:16]}-{_digest(model)[:8]}-{number:05d}"
+        stem += f"-{first:08d}" if first else ""
         return self.folder / (f"{stem}.json" if what == "json" else f"{stem}.{what}.parquet")
 
 

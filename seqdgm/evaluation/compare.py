@@ -13,6 +13,7 @@ import pandas as pd
 from seqdgm.evaluation import leaderboard
 from seqdgm.evaluation.attempt import Errors, Record
 from seqdgm.evaluation.backtest import (
+    PARTITION_SIZE,
     Models,
     Run,
     assemble,
@@ -257,6 +258,8 @@ def compare(
     cache: str | Path | None = None,
     states: Any = None,
     align: Align = "auto",
+    cluster: str | None = None,
+    partition_size: int = PARTITION_SIZE,
 ) -> Comparison:
     """Score models side by side on held-out data.
 
@@ -272,7 +275,8 @@ def compare(
     season : int, optional
         Season length in steps, for the MASE; default that of the data set or of the time index
         (12 for monthly data), 1 where there is none.
-    n_windows, step, refit, inputs, level, n_samples, seed, progress, fit_options, errors, cache
+    n_windows, step, refit, inputs, level, n_samples, seed, progress, fit_options, errors, \
+cache, cluster, partition_size
         As in `seqdgm.backtest`; `n_samples` is also the number of draws behind the CRPS.
     baseline : str, optional
         Model that the paired tests compare with; default ``"SeasonalNaive"`` where it takes part,
@@ -334,6 +338,8 @@ def compare(
         fit_options=fit_options or {},
         errors=errors,
         cache=cache,
+        cluster=cluster,
+        partition_size=partition_size,
     )
     newest = run.windows[-1].number
 
@@ -343,11 +349,13 @@ def compare(
         given = named[record.model].ready
         if truth is None or not last or (align is None and not given):
             return scored
-        return add_accuracy(scored, record, truth, align == "affine" or not given)
+        first, count = record.window.first, record.window.train.n_series
+        own = truth[first : first + count]
+        return add_accuracy(scored, record, own, align == "affine" or not given)
 
     depends: dict[str, Any] = {"scored_with_season": season}
     depends |= {} if truth is None else {"states": truth, "align": align}
-    parts = list(run_parts(run, score, **depends))
+    parts = run_parts(run, score, **depends)
     units = leaderboard.units(run, parts)
     forecasts, failures = assemble(run, parts), failure_rows(run, parts)
     note_failures(forecasts, failures)

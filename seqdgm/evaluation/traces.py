@@ -74,6 +74,30 @@ def evenly(n: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, n - 1, min(n, max(most, 1))).round().astype(int)).tolist()
 
 
+def thin(traces: Sequence[tuple[int, pd.DataFrame]]) -> pd.DataFrame:
+    """Join the traces of parts of a panel, each with the position of its first series.
+
+    As in `trace`, one training curve (of the first part that has one) and the
+    states of `MAX_SERIES` series; whatever else is kept of a series is kept.
+    """
+    curves: list[pd.DataFrame] = []
+    states: list[pd.DataFrame] = []
+    for first, frame in traces:
+        if frame.empty:
+            continue
+        own = frame["series"] >= 0
+        states.append(frame[own].assign(series=frame.loc[own, "series"] + first))
+        if not curves and not own.all():
+            curves.append(frame[~own])
+    if not states:
+        return traces[0][1]
+    held = pd.concat(states, ignore_index=True)
+    drawn = held["kind"].isin(["smoothed", "predicted"])
+    known = np.sort(held.loc[drawn, "series"].unique())
+    chosen = known[evenly(len(known), MAX_SERIES)] if len(known) else known
+    return pd.concat([*curves, held[~drawn | held["series"].isin(chosen)]], ignore_index=True)
+
+
 def training_table(parts: Sequence[Part]) -> pd.DataFrame:
     """Curves of all parts: ``model, window, curve, unit, iteration, value``."""
     blocks = []

@@ -22,7 +22,9 @@ class Window(NamedTuple):
     inputs : Panel or None
         Known covariates of the history and the horizon.
     seed : int or None
-        Seed of this window, the same for every model.
+        Seed of this window and its series, the same for every model.
+    first : int
+        Position of its first series among all.
     """
 
     number: int
@@ -30,6 +32,7 @@ class Window(NamedTuple):
     held_out: Panel
     inputs: Panel | None
     seed: int | None
+    first: int = 0
 
     @property
     def cutoff(self) -> list[Any]:
@@ -74,8 +77,13 @@ def cut_windows(
     step: int | None,
     inputs: Any = None,
     seed: int | None = None,
+    first: int = 0,
 ) -> list[Window]:
-    """Cut the forecast origins of `backtest` out of a panel."""
+    """Cut the forecast origins of `backtest` out of a panel.
+
+    `first` is the position of its first series among all: those from different places do not share
+    their random numbers.
+    """
     step = horizon if step is None else step
     for name, value in (("horizon", horizon), ("n_windows", n_windows), ("step", step)):
         if int(value) != value or value < 1:
@@ -96,7 +104,8 @@ def cut_windows(
         train, rest = panel.split(horizon + after)
         held_out = rest.split(after)[0] if after else rest
         known = covariates.split(after)[0] if covariates is not None and after else covariates
-        windows.append(Window(number, train, held_out, known, _window_seed(seed, number)))
+        own = _window_seed(seed, number, first)
+        windows.append(Window(number, train, held_out, known, own, first))
     return windows
 
 
@@ -118,7 +127,8 @@ def _covariates(panel: Panel, inputs: Any) -> Panel:
     return known
 
 
-def _window_seed(seed: int | None, number: int) -> int | None:
+def _window_seed(seed: int | None, number: int, first: int) -> int | None:
     if seed is None:
         return None
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    place = [first] if first else []
+    return int(np.random.SeedSequence([seed, number, *place]).generate_state(1)[0])
