@@ -1,8 +1,8 @@
 """M3 and Tourism competitions: accuracy, calibration and time by frequency.
 
-Which models an average takes was chosen on the end of the training part (``--validate``). That of M3
-was to have a sixth one, a damped trend, which takes too long on the monthly series: it was left out when
-first figures of the test part had been seen.
+Which models an average takes was chosen on the end of the training part (``--validate``). That of
+M3 was to have a sixth one, a damped trend, which takes too long on the monthly series: it was left
+out when first figures of the test part had been seen.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ AVERAGES = {
 }
 AVERAGE = "plain average"
 REMARKS = {
-    "m3": " A sixth member, a damped trend, was left out for its running time after first figures of "
-    "the test part had been seen."
+    "m3": " A sixth member, a damped trend, was left out for its running time after first figures "
+    "of the test part had been seen."
 }
 # A short series has no steps to spare for deciding when to stop.
 TRAINING = {"valid_fraction": 0.0, "schedule": "cosine"}
