@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -128,8 +129,8 @@ def _session(address: str) -> Iterator[Any]:
         ) from error
     own = not ray.is_initialized()
     if own:
-        known = {} if address == "ray" else {"address": address}
-        ray.init(**known, log_to_driver=False, logging_level="error")
+        where = None if address == "ray" else address
+        ray.init(where, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield ray
     finally:
