@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from seqdgm.inference.objectives import Objective, along, evaluate
-from seqdgm.inference.particle_scan import Steering, particle_scan
+from seqdgm.inference.particle_scan import Steering, densities, particle_scan
 from seqdgm.inference.scan import scan
 from seqdgm.models.srnn import SRNN
 from seqdgm.models.vrnn import VRNN
@@ -23,7 +24,7 @@ from seqdgm.nn.gates import GatedCell
 from seqdgm.nn.heads import HEADS
 from seqdgm.nn.ragged import Ragged
 from seqdgm.testing import CHECKS, check_model
-from seqdgm.types import Batch, Inputs, make_generator
+from seqdgm.types import Batch, make_generator
 
 MODELS = [VRNN, SRNN, ZForcing]
 SMALL = {"max_epochs": 3, "patience": 2}
@@ -491,14 +492,17 @@ def test_deferred_gradients_equal_those_of_plain_back_propagation() -> None:
         torch.testing.assert_close(torch.autograd.grad(loss(), start)[0], plain[0])
 
 
-def test_zforcing_reads_inputs_in_its_auxiliary_shape_with_particles() -> None:
+def test_the_auxiliary_cost_of_particles_is_that_of_each_by_itself() -> None:
     net = built(ZForcing(2, 5, 4, auxiliary_weight=0.3))
-    batch = batch_of(normals(3, 6, 2))
+    batch = replace(batch_of(normals(3, 6, 2)), lengths=torch.tensor([6, 4, 5]))
     swarm = particle_scan(net, batch, Steering(7, 0.5), make_generator(0))
-    known = batch.inputs_all()
-    u = Inputs(known.values[:, None], known.t)
     assert swarm.context is not None
-    cost = net.auxiliary(swarm.path.h, swarm.z, swarm.context[:, None], u)
+    assert swarm.rows is not None
+    cost = densities(net, batch, swarm, prior=False).auxiliary
+    assert cost is not None
     assert cost.shape == (3, 7, 6)
-    one = net.auxiliary(swarm.path.h, swarm.z[:, 4], swarm.context, known)
-    torch.testing.assert_close(cost[:, 4], one)
+    z = swarm.rows.pad(swarm.z)
+    for k in range(7):
+        one = net.auxiliary(swarm.path.h, z[:, k], swarm.context, batch.inputs_all())
+        wanted = torch.where(batch.valid, one.double(), 0.0)
+        torch.testing.assert_close(cost[:, k], wanted)
