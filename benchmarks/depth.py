@@ -4,7 +4,8 @@
 
 Each model learns from 1 %, 10 % and 100 % of the training part of three data sets, and forecasts
 the same held-out windows. `--work` keeps what is finished, and an interrupted run goes on from
-there. Nothing is tuned: sizes and settings are the same for all shares and sets.
+there. Nothing is tuned: sizes and settings are the same for all shares and sets. A complete run
+also draws the picture of the results.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from _harness import RESULTS, environment, write_table
 import seqdgm as sq
 from seqdgm.evaluation import metrics
 
+PICTURE = Path(__file__).parent.parent / "docs" / "_static" / "depth.png"
 SHARES = (0.01, 0.1, 1.0)
 PIECE = 120  # steps of the pieces that a long series is learnt from
 DRAWS = 400
+# A deep model learns for so many updates or epochs, whichever is less; validation takes the best.
+UPDATES, EPOCHS, BATCH = 1500, 300, 32
 COLUMNS = (
     "data",
     "share",
@@ -164,7 +168,12 @@ def linear(question: Question, part: Series) -> sq.SequenceModel:
 def deep(kind: Callable[..., sq.SequenceModel], **sizes: int) -> Callable[..., sq.SequenceModel]:
     def fit(question: Question, part: Series) -> sq.SequenceModel:
         season = question.season if question.season > 1 else None
-        return kind(**sizes, season=season).fit(pieces(part), seed=0)
+        series = pieces(part)
+        epochs = min(EPOCHS, UPDATES // -(-len(series) // BATCH))
+        how: dict[str, Any] = {"max_epochs": epochs, "patience": max(epochs // 4, 5)}
+        if kind is not sq.RNN:
+            how["kl_warmup"] = epochs // 5
+        return kind(**sizes, **how, batch_size=BATCH, season=season).fit(series, seed=0)
 
     return fit
 
@@ -211,6 +220,48 @@ def measure(question: Question, share: float, name: str) -> dict[str, Any]:
         "fit_seconds": fitted - begin,
         "forecast_seconds_per_1000": (done - fitted) / len(draws) * 1000,
     }
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The picture: CRPS over that of the naive forecast against the share, a panel a data set.
+
+    From light to dark, models go from few parameters to many.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    names = [name for name in MODELS if name != "SeasonalNaive"]
+    shades = colormaps["viridis_r"](np.linspace(0.08, 1.0, len(names)))
+    sets = list(dict.fromkeys(r["data"] for r in records))
+    figure = Figure(figsize=(3.4 * len(sets), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axis, data in zip(axes, sets, strict=True):
+        own = [r for r in records if r["data"] == data]
+        naive = {r["share"]: np.mean(r["crps"]) for r in own if r["model"] == "SeasonalNaive"}
+        for k, name in enumerate(names):
+            rows = [r for r in own if r["model"] == name]
+            ratios = [np.array(r["crps"]) / naive[r["share"]] for r in rows]
+            axis.errorbar(
+                [r["share"] * 1.05 ** (k - len(names) / 2) for r in rows],
+                [ratio.mean() for ratio in ratios],
+                [standard_error(ratio) for ratio in ratios],
+                color=shades[k],
+                marker="os^Dvp*"[k],
+                markersize=5,
+                linewidth=1.3,
+                label=name,
+            )
+        axis.axhline(1.0, color="0.6", linewidth=1, linestyle=":")
+        axis.set(title=data, xscale="log", yscale="log", xlabel="share of the training data")
+        axis.xaxis.set_major_locator(FixedLocator(SHARES))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticklabels([f"{share:.0%}" for share in SHARES])
+    axes[0].set_ylabel("CRPS / seasonal naive (log scale)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -262,7 +313,9 @@ def main() -> None:
                 stem = f"{make.__name__}-{share}-{name}-{options.windows}"
                 path = options.work / f"{stem}.json"
                 if not path.exists():
+                    begin = time.perf_counter()
                     record = measure(question, share, name)
+                    record["hours"] = (time.perf_counter() - begin) / 3600
                     path.write_text(json.dumps(record), "utf-8")
                 records.append(json.loads(path.read_text("utf-8")))
                 print(*lines_of_last(records), sep=" | ", flush=True)
@@ -271,7 +324,9 @@ def main() -> None:
             "Forecasts from a share of the training part, on the same 100 held-out windows: CRPS "
             "over that of the seasonal naive forecast, joint log density per step."
         )
-        write_table("depth", about, COLUMNS, lines(records), environment(), RESULTS)
+        spent = {"seed": 0, "hours": round(sum(record["hours"] for record in records), 3)}
+        write_table("depth", about, COLUMNS, lines(records), {**environment(), **spent}, RESULTS)
+        draw(records, PICTURE)
 
 
 def lines_of_last(records: Sequence[Mapping[str, Any]]) -> list[str]:
