@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, Self
 
@@ -141,6 +141,15 @@ class Description(nn.Module):
 
     def restore_extra(self, state: dict[str, Any]) -> None:
         """Take over what `extra_state` gave."""
+
+    def join_series(self, parts: Sequence[Self], ids: tuple[Any, ...]) -> None:
+        """Take over the parameters of `parts`, each fitted to the next series of those named.
+
+        Default: tensors, which have an axis of series first, are joined along it.
+        """
+        for name, _ in list(self.named_buffers()):
+            setattr(self, name, torch.cat([part.get_buffer(name) for part in parts]))
+        self.restore_extra({**self.extra_state(), "ids": ids if len(ids) > 1 else None})
 
     def state_names(self, dim: int) -> tuple[str, ...]:
         """Names of the entries of the reported state."""

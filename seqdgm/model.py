@@ -11,23 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seqdgm.cluster import PARTITION_SIZE
 from seqdgm.description import Description
 from seqdgm.panel import Panel, align_inputs
 from seqdgm.prepare import (
     check_inputs,
-    check_lengths,
-    check_observed,
     given_transform,
-    input_names,
     log_jacobian,
     make_batch,
     match_rows,
     prepare,
     transform_for,
 )
-from seqdgm.results import FitReport, Forecast, LogProb, StatePosterior
-from seqdgm.transform import Transform, fit_transform
-from seqdgm.types import Batch, States, check_count, draw_seed, make_generator, seeded
+from seqdgm.results import Forecast, LogProb, StatePosterior
+from seqdgm.transform import Transform
+from seqdgm.types import Batch, States, check_count, draw_seed, make_generator
 
 if TYPE_CHECKING:
     from seqdgm.inference.online import Online
@@ -56,6 +54,8 @@ class SequenceModel(Description):
         seed: Seed = None,
         device: str | torch.device | None = None,
         progress: bool = False,
+        cluster: str | None = None,
+        partition_size: int = PARTITION_SIZE,
         **options: Any,
     ) -> Self:
         """Learn the model's parameters.
@@ -79,6 +79,12 @@ class SequenceModel(Description):
             Where a deep model trains; default the CPU.
         progress : bool
             Show progress on standard error.
+        cluster : str, optional
+            Where to fit the parts of a panel whose series have fits of their own: None here, one
+            after the other; ``"ray"`` or an address as in `seqdgm.cluster.run_tasks`.
+            A panel of one part is fitted here.
+        partition_size : int
+            Series of a part. The random numbers of a fit depend on it, and nothing on `cluster`.
         **options
             Options of the learning method (see its function in `seqdgm.inference`).
 
@@ -92,47 +98,18 @@ class SequenceModel(Description):
         ValueError
             For unusable data or options. The model is then what it was before the call.
         """
-        from seqdgm.inference import check_options, find_learner
+        from seqdgm.fitting import FitCall, fit_panel
 
-        panel = Panel.of(y)
-        u = align_inputs(panel, inputs)
-        method, learner = find_learner(self, method)
-        held = {} if valid is None else {"valid": valid}
-        check_options(learner, options | held, type(self).__name__)
-        check_lengths(panel, self.min_length, type(self).__name__)
-        generator = make_generator(seed)
-        draft = self._blank()
-        draft.obs_dim_, draft.input_dim_ = panel.n_dims, u.shape[2]
-        draft.input_columns_ = input_names(inputs)
-        draft.build_options_ = self.build_options(panel)
-        with seeded(generator):
-            draft.build(panel.n_dims, u.shape[2], **draft.build_options_)
-        draft.check_data(panel)
-        pooled = bool(options.get("pooled", not self.per_series))
-        check_observed(panel, pooled=pooled)
-
-        def attempt(candidate: Self, power: Tensor | None) -> tuple[FitReport, Batch]:
-            candidate.transform_ = fit_transform(
-                panel, self.transform, self.effective_scale(), pooled=pooled, power=power
-            )
-            values = torch.from_numpy(panel.values.copy())
-            candidate.initialise(candidate.transform_.forward(values).numpy())
-            candidate.to(device or "cpu")
-            batch = make_batch(
-                candidate, panel, u, list(range(panel.n_series)), candidate.transform_
-            )
-            if valid is not None:
-                held["valid"] = prepare(candidate, valid, valid_inputs)[1]
-            known: dict[str, Any] = {"generator": generator, "progress": progress, **held}
-            return learner(candidate, batch, method=method, **known, **options), batch
-
-        power = None
-        if self.transform == "boxcox":
-            from seqdgm.inference.power import profile_power
-
-            power = profile_power(draft, panel, attempt, pooled=pooled)
-        draft.data_, draft.inputs_ = panel, u
-        draft.fit_report_, _ = attempt(draft, power)
+        call = FitCall(method, valid, valid_inputs, device, progress, options)
+        draft = fit_panel(
+            self._blank(),
+            y,
+            inputs,
+            call,
+            seed=seed,
+            cluster=cluster,
+            partition_size=partition_size,
+        )
         self.__dict__ = draft.__dict__
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +146,23 @@ class Transform:
 
         power = None if self.power is None else chosen(self.power)
         return Transform(power, chosen(self.loc), chosen(self.scale))
+
+    @classmethod
+    def join(cls, parts: Sequence[Transform], counts: Sequence[int]) -> Transform:
+        """Map of a panel whose parts, of so many series each, have these maps."""
+
+        def joined(fields: Sequence[Tensor]) -> Tensor:
+            if all(len(field) == 1 and torch.equal(field, fields[0]) for field in fields):
+                return fields[0]
+            wide = [f.expand(n, -1) for f, n in zip(fields, counts, strict=True)]
+            return torch.cat(wide)
+
+        powers = [part.power for part in parts if part.power is not None]
+        return cls(
+            joined(powers) if powers else None,
+            joined([part.loc for part in parts]),
+            joined([part.scale for part in parts]),
+        )
 
 
 def _along(field: Float[Tensor, "sys dim"], like: Tensor) -> Tensor:

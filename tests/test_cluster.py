@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from cluster_models import Choosy, Deadly
+import torch
+from cluster_models import Choosy, Deadly, DeadlyARIMA
 from standins import Fragile, LastValue
 
 import seqdgm as sq
@@ -149,3 +150,34 @@ def test_an_error_reaches_the_caller_as_it_was_raised(ray, panel):
         backtest({"m": Choosy()}, panel, 3, errors="raise", cluster="ray", partition_size=3)
     assert type(caught.value) is ValueError
     assert "raised by m on the window" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.slow
+def test_a_panel_is_fitted_on_a_cluster_as_here_bit_for_bit_though_a_worker_dies(
+    ray, panel, tmp_path
+):
+    models = [DeadlyARIMA((1, 0, 1)), sq.AutoARIMA(), sq.LinearGaussianSSM(latent_dim=2)]
+    mark = tmp_path / "killed"
+    models[0].mark, models[0].keeper = str(mark), os.getpid()
+    options = {"seed": 4, "partition_size": 3}
+    for model in models:
+        model.fit(panel, **options)
+        assert mark.exists() == (model is not models[0])
+        wanted, report, mean = model.state_dict(), model.fit_report_, model.forecast(3).mean
+        model.fit(panel, cluster="ray", **options)
+        found, again = model.state_dict(), model.fit_report_
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+        np.testing.assert_array_equal(again.log_likelihood, report.log_likelihood, strict=True)
+        assert again.objective == report.objective
+        assert model.fitted_ids() == tuple(range(7))
+        np.testing.assert_array_equal(model.forecast(3).mean, mean)
+        assert mark.exists()  # a worker was killed, and none in the fit before
+    assert ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_cluster_names_the_series_that_cannot_be_fitted(ray, panel):
+    panel[5] = np.nan
+    with pytest.raises(ValueError, match="series 5"):
+        sq.ARIMA((1, 0, 1)).fit(panel, cluster="ray", partition_size=3)

@@ -11,6 +11,7 @@ import numpy as np
 
 from seqdgm.evaluation._memory import PeakMemory
 from seqdgm.evaluation.windows import Window
+from seqdgm.fitting import separate
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
 from seqdgm.results import Forecast, LogProb, StatePosterior
@@ -61,11 +62,6 @@ class Record:
     peak_mb: float = float("nan")
     failures: tuple[Failure, ...] = ()
     fitted: tuple[Fitted, ...] = ()
-
-
-def separate(model: SequenceModel, options: Mapping[str, Any]) -> bool:
-    """Whether each series has a fit of its own, so that a panel may be taken apart."""
-    return model.per_series and not options.get("pooled", False)
 
 
 def attempt(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Record, separate
+from seqdgm.cluster import PARTITION_SIZE, Rows, partitions, run_tasks
+from seqdgm.evaluation.attempt import MODEL_ERRORS, Errors, Record
 from seqdgm.evaluation.checkpoint import (
     Checkpoint,
     Part,
@@ -20,11 +20,12 @@ from seqdgm.evaluation.checkpoint import (
     digest_panel,
     digest_settings,
 )
-from seqdgm.evaluation.cluster import run_tasks
-from seqdgm.evaluation.parts import Job, PartTask, Rows, Slice, join_parts, make_parts
+from seqdgm.evaluation.parts import Job, PartTask, Slice, join_parts, make_parts
 from seqdgm.evaluation.windows import Window, cut_windows, series_name
+from seqdgm.fitting import separate
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
+from seqdgm.progress import progress_bar
 
 __all__ = [
     "MODEL_ERRORS",
@@ -36,9 +37,6 @@ __all__ = [
     "run_parts",
     "series_name",
 ]
-
-# Large enough that batched fits lose nothing, small enough that a partition's draws fit in memory.
-PARTITION_SIZE = 2000
 
 Models = SequenceModel | Sequence[SequenceModel] | Mapping[str, SequenceModel]
 
@@ -209,8 +207,7 @@ class Run:
         """Take the series apart where the named model fits each on its own."""
         n = self.panel.n_series
         split = separate(self.models[name], self.fit_options.get(name, {}))
-        size = self.partition_size if split else n
-        return [Rows(first, min(first + size, n)) for first in range(0, n, size)]
+        return partitions(n, self.partition_size if split else n)
 
     def slice(self, rows: Rows) -> Slice:
         """Return the data of some series."""
@@ -347,27 +344,3 @@ def note_failures(frame: pd.DataFrame, failures: list[dict[str, Any]]) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-@contextmanager
-def progress_bar(show: bool, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Show how many parts are done, on standard error, as the function given says."""
-    if not show:
-        yield lambda parts, text: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(parts: int, text: str) -> None:
-            bar.update(task, advance=parts, description=text)
-
-        yield advance

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from seqdgm.cluster import PARTITION_SIZE
 from seqdgm.evaluation import leaderboard
 from seqdgm.evaluation.attempt import Errors, Record
 from seqdgm.evaluation.backtest import (
-    PARTITION_SIZE,
     Models,
     Run,
     assemble,

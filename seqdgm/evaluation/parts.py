@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from seqdgm.cluster import Rows
 from seqdgm.evaluation.attempt import Errors, Failure, Fitted, Record, attempt
 from seqdgm.evaluation.checkpoint import Part, Scored
 from seqdgm.evaluation.traces import thin
@@ -16,13 +17,6 @@ from seqdgm.evaluation.windows import cut_windows
 from seqdgm.inference import warm_up
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
-
-
-class Rows(NamedTuple):
-    """The series from position `first` up to `stop`, exclusive."""
-
-    first: int
-    stop: int
 
 
 class PartTask(NamedTuple):

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from seqdgm.evaluation.attempt import Errors, separate
+from seqdgm.cluster import PARTITION_SIZE, Rows, run_tasks
+from seqdgm.evaluation.attempt import Errors
 from seqdgm.evaluation.backtest import (
-    PARTITION_SIZE,
     Models,
     Run,
     assemble,
     failure_rows,
     name_models,
-    progress_bar,
 )
 from seqdgm.evaluation.checkpoint import Scored, digest_model, digest_settings
-from seqdgm.evaluation.cluster import run_tasks
-from seqdgm.evaluation.parts import PartTask, Rows, Slice, make_parts
+from seqdgm.evaluation.parts import PartTask, Slice, make_parts
+from seqdgm.fitting import separate
 from seqdgm.panel import Panel
+from seqdgm.progress import progress_bar
 from seqdgm.serialize import write_whole
 
 if TYPE_CHECKING:

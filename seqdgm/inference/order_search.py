@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from seqdgm.inference import mle
+from seqdgm.progress import progress_bar
 from seqdgm.results import FitReport
 from seqdgm.types import Batch
 
@@ -123,14 +123,16 @@ def fit(
     best: dict[int, Fit] = dict(settled)
     waiting: Waiting = {k: (search, next(search)) for k, search in searches.items()}
     rounds = 0
-    with _shown(batch.n_series, shown=progress) as show:
+    with progress_bar(progress, batch.n_series) as advance:
+        advance(batch.n_series - len(waiting), "choosing orders")
         while waiting:
+            left = len(waiting)
             found = _fit_round(model, batch, waiting, generator, max_iter)
             for k, fits in found.items():
                 best[k] = min([best[k], *fits] if k in best else fits, key=lambda f: f.criterion)
             waiting = _advance(waiting, found)
             rounds += 1
-            show(batch.n_series - len(waiting))
+            advance(left - len(waiting), "choosing orders")
     chosen = [best[k] for k in range(batch.n_series)]
     for name, one in zip(batch.ids, chosen, strict=True):
         if one.criterion == np.inf:
@@ -214,17 +216,3 @@ def _report(
         log_likelihood=likelihood,
         messages=tuple(f"series {name!r}: {one.message}" for name, one in named if one.message),
     )
-
-
-@contextmanager
-def _shown(total: int, *, shown: bool) -> Iterator[Any]:
-    """A function to be told how many series are done; it draws a bar on standard error if asked."""
-    if not shown:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("choosing orders", total=total)
-        yield lambda done: bar.update(task, completed=done)

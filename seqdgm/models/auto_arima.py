@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -364,6 +364,19 @@ class AutoARIMA(StateSpaceModel):
         self.coefficients_ = torch.from_numpy(np.concatenate(rows))
         self.sigma2_ = torch.tensor([one.sigma2 for one in chosen], dtype=torch.float64)
         self._ids = ids if len(ids) > 1 else None
+
+    def join_series(self, parts: Sequence[Self], ids: tuple[Any, ...]) -> None:
+        """Take over the models of parts of a panel."""
+        orders = np.concatenate([part.order_table_.numpy() for part in parts])
+        layout = widest(orders, self._season, self.input_dim_)
+        rows = []
+        for part in parts:
+            own = widest(part.order_table_.numpy(), self._season, self.input_dim_)
+            rows.append(embed(part.coefficients_.numpy(), own, layout))
+        sigma2 = torch.cat([part.sigma2_ for part in parts])
+        self.order_table_ = torch.from_numpy(orders)
+        self.coefficients_ = torch.from_numpy(np.concatenate(rows))
+        self.sigma2_, self._ids = sigma2, ids if len(ids) > 1 else None
 
     def _spec(self, orders: Orders) -> ArimaSpec:
         return orders.spec(self._season, self.input_dim_)

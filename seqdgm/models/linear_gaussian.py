@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -185,6 +186,13 @@ class LinearGaussianSSM(LinearGaussianModel):
     def restore_extra(self, state: dict[str, Any]) -> None:
         """Take the names over."""
         self._ids, self.start_ = state["ids"], state["start"]
+
+    def join_series(self, parts: Sequence[Self], ids: tuple[Any, ...]) -> None:
+        """Take over the matrices and starts of parts of a panel."""
+        fields = zip(*(part.matrices for part in parts), strict=True)
+        starts = [part.start_ for part in parts if part.start_ is not None]
+        self.set_matrices(Matrices(*map(torch.cat, fields)), ids)
+        self.start_ = tuple(chain.from_iterable(starts)) if starts else None
 
     def input_width(self) -> int | None:
         """Columns of inputs, known from the matrices where all are given."""

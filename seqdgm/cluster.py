@@ -1,16 +1,31 @@
-"""Run the tasks of an evaluation, here one after the other or on a Ray cluster."""
+"""Tasks over the parts of a panel, here one after the other or on a Ray cluster."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+# Large enough that batched fits lose nothing, small enough that a partition's draws fit in memory.
+PARTITION_SIZE = 2000
 
 # Tasks submitted and not collected, for each processor of the cluster: one runs, one waits.
 _IN_FLIGHT = 2
 # How often a task is run again whose worker process or machine was lost.
 _RETRIES = 4
+
+
+class Rows(NamedTuple):
+    """The series from position `first` up to `stop`, exclusive."""
+
+    first: int
+    stop: int
+
+
+def partitions(n_series: int, size: int) -> list[Rows]:
+    """Cut a panel into parts of `size` consecutive series, the last of which may have fewer."""
+    return [Rows(first, min(first + size, n_series)) for first in range(0, n_series, size)]
 
 
 class Task(Protocol):
@@ -61,13 +76,18 @@ def run_tasks(
     Exception
         What a task raises, as it raised it.
     """
+    check_cluster(cluster)
     if cluster is None:
         return _here(function, tasks, common, load)
-    if not isinstance(cluster, str) or not cluster:
+    return _on_ray(function, tasks, common, load, cluster)
+
+
+def check_cluster(cluster: Any) -> None:
+    """Raise a ValueError for what cannot be a cluster."""
+    if cluster is not None and (not isinstance(cluster, str) or not cluster):
         raise ValueError(
             f"cluster={cluster!r} is neither None, 'ray' nor an address as 'ray://host:10001'"
         )
-    return _on_ray(function, tasks, common, load, cluster)
 
 
 def _here(
