@@ -231,7 +231,9 @@ def _future_inputs(
         begin = min(index[0] for index in given.index if len(index))
         if begin <= max(index[-1] for index in panel.index):
             return align_inputs(panel, inputs, horizon)
-    elif (given.lengths >= panel.lengths.max() + horizon).all():
+    elif given.n_series not in (1, panel.n_series) or (
+        (given.lengths >= panel.lengths + horizon).all()
+    ):
         return align_inputs(panel, inputs, horizon)
     elif (given.lengths != horizon).any():
         raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -12,11 +13,11 @@ from seqdgm.inference import fused, smc
 from seqdgm.inference.history import History, draw_particles
 from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.resampling import Resampler
-from seqdgm.inference.scan import scan
+from seqdgm.inference.scan import Piece, Trace, scan
 from seqdgm.inference.smc import Lookahead, SMCOptions, Step, Weigh
 from seqdgm.inference.smoothing import Smoother, Trajectories, mean_and_cov, trajectories
 from seqdgm.nn import distributions as dist
-from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States, check_count
+from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States, check_count, tree_map
 
 if TYPE_CHECKING:
     from seqdgm.recursion import StateSpaceModel
@@ -115,10 +116,7 @@ def log_prob(
     t = torch.arange(batch.n_steps, device=batch.x.device)
     counted = batch.valid & (t[None] >= first[:, None])
     if _deterministic(model, batch):
-        with torch.no_grad():
-            trace = scan(model, batch, generator)
-            emission = model.emission(trace.s, batch.inputs_all())
-            steps = dist.log_prob(emission, batch.x, batch.mask).double()
+        _, steps = _run_memory(model, batch, generator)
         value = torch.where(counted, steps, 0.0).sum(1)
         return Evidence(value, "exact", torch.zeros_like(value))
     how = SMCOptions(n_particles, **options)
@@ -172,10 +170,12 @@ def forecast(
     **options: Unpack[FilterOptions],
 ) -> Prediction:
     """Joint trajectories: filter to the end of each series, then on without observations."""
+    how = SMCOptions(n_particles, draw_observations=True, **options)
+    if _deterministic(model, batch):
+        return _forecast_from_memory(model, batch, horizon, n_particles, generator)
     ahead = batch.extend(horizon)
     first = int(batch.lengths.min())
     history = History(model, first)
-    how = SMCOptions(n_particles, draw_observations=True, **options)
     out = smc.run(model, ahead, how, generator, (history,))
     index = history.lineages(draw_particles(out.log_weights, n_particles, generator))
     when = (batch.lengths - first)[:, None] + torch.arange(horizon, device=batch.x.device)
@@ -191,6 +191,51 @@ def forecast(
         return value[:, torch.randint(n_particles, (n,), generator=generator)]
 
     return Prediction(Samples(x), States(mean, cov, log_likelihood, draw=draw))
+
+
+def _run_memory(
+    model: StateSpaceModel, batch: Batch, generator: torch.Generator, start: Piece | None = None
+) -> tuple[Trace, Float[Tensor, "series time"]]:
+    """One pass of a model whose memory the data determine, and the log-density of each step.
+
+    With a `start` the pass goes step by step, and gives states that can be gone on from.
+    """
+    with torch.no_grad():
+        trace = scan(model, batch, generator, piece=start)
+        emission = model.emission(trace.s, batch.inputs_all())
+        return trace, dist.log_prob(emission, batch.x, batch.mask).double()
+
+
+def _forecast_from_memory(
+    model: StateSpaceModel, batch: Batch, horizon: int, n: int, generator: torch.Generator
+) -> Prediction:
+    """One pass to the end of each series, and trajectories only from there."""
+    before = Piece(model.start((batch.n_series,)), torch.zeros_like(batch.x[:, 0]), None, True)
+    trace, steps = _run_memory(model, batch, generator, before)
+    rows = torch.arange(batch.n_series, device=batch.x.device)
+
+    def at_end(leaf: Tensor) -> Tensor:
+        found = leaf[rows, batch.lengths - 1]
+        return found[:, None].expand(-1, n, *found.shape[1:])
+
+    when = batch.lengths[:, None] + torch.arange(horizon, device=batch.x.device)
+    u = batch.u.gather(1, when[..., None].expand(-1, -1, batch.u.shape[2]))
+    known = [
+        Inputs(values[:, None], t[:, None])
+        for values, t in zip(u.unbind(1), (batch.begin + when).unbind(1), strict=True)
+    ]
+    shape = (batch.n_series, n)
+    drawn, memories = _run_on(
+        model, tree_map(at_end, trace.s), at_end(batch.x), known, shape, generator
+    )
+    value = torch.stack([model.report(h, z).double() for h, z in memories], 2)
+    log_likelihood = torch.where(batch.valid, steps, 0.0).sum(1)
+
+    def draw(n_draws: int, generator: torch.Generator) -> Tensor:
+        return value[:, torch.randint(n, (n_draws,), generator=generator)]
+
+    states = States(*mean_and_cov(value), log_likelihood, draw=draw)
+    return Prediction(Samples(torch.stack(drawn, 2)), states)
 
 
 def sample(
@@ -210,30 +255,42 @@ def simulate(
     generator: torch.Generator,
 ) -> Float[Tensor, "*shape steps dim"]:
     """Draw series of any batch shape; that of the inputs broadcasts with it."""
-    s = model.start(shape)
-    drawn: list[Tensor] = []
     x: Tensor | None = None
-    with torch.no_grad():
-        for t in range(u.shape[-2]):
-            known = Inputs(u[..., t, :], torch.tensor(t, device=u.device))
-            if model.feedback and x is None:
-                if model.obs_dim_ is None:
-                    raise ValueError(
-                        f"{type(model).__name__} feeds observations back, but their width is not "
-                        "known; set obs_dim_ in __init__ or call fit(y) first"
-                    )
-                x = u.new_zeros(*shape, model.obs_dim_)
-            h = model.advance(
-                s, model.embed(x) if model.feedback and x is not None else None, known
+    if model.feedback:
+        if model.obs_dim_ is None:
+            raise ValueError(
+                f"{type(model).__name__} feeds observations back, but their width is not known; "
+                "set obs_dim_ in __init__ or call fit(y) first"
             )
-            prior = model.prior(h, known)
+        x = u.new_zeros(*shape, model.obs_dim_)
+    known = [Inputs(v, torch.tensor(t, device=u.device)) for t, v in enumerate(u.unbind(-2))]
+    drawn, _ = _run_on(model, model.start(shape), x, known, shape, generator)
+    return torch.stack(drawn, -2)
+
+
+def _run_on(
+    model: StateSpaceModel,
+    s: Any,
+    x: Tensor | None,
+    known: Sequence[Inputs],
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+) -> tuple[list[Tensor], list[tuple[Any, Tensor | None]]]:
+    """Observations, and memories and states, of steps after state `s` and observation `x`."""
+    drawn, memories = [], []
+    with torch.no_grad():
+        for u in known:
+            read = model.embed(x) if model.feedback and x is not None else None
+            h = model.advance(s, read, u)
+            prior = model.prior(h, u)
             z = None
             if prior is not None:
                 z = dist.sample(dist.expand(prior, shape, model.latent_dim), generator)
             s = model.absorb(h, z)
-            x = model.simulate(s, known, generator)
+            x = model.simulate(s, u, generator)
             drawn.append(x)
-    return torch.stack(drawn, -2)
+            memories.append((h, z))
+    return drawn, memories
 
 
 def impute(
