@@ -27,9 +27,9 @@ from seqdgm.evaluation import metrics
 PICTURE = Path(__file__).parent.parent / "docs" / "_static" / "depth.png"
 SHARES = (0.01, 0.1, 1.0)
 PIECE = 120  # steps of the pieces that a long series is learnt from
-DRAWS = 400
+DRAWS = 200
 # A deep model learns for so many updates or epochs, whichever is less; validation takes the best.
-UPDATES, EPOCHS, BATCH = 1500, 300, 32
+UPDATES, EPOCHS, BATCH = 800, 200, 32
 COLUMNS = (
     "data",
     "share",
@@ -99,10 +99,10 @@ def m3(windows: int) -> Question:
 
 
 def etth1(windows: int) -> Question:
-    """Oil temperature of a transformer, hour by hour; a day ahead from two weeks."""
+    """Oil temperature of a transformer, hour by hour; a day ahead from a week."""
     found = sq.datasets.load("etth1")
     y = [np.asarray(part["OT"], float) for part in (found.train, found.test)]
-    return long_series("ETTh1, oil temperature", y[0], y[1], windows, 14 * 24, 24, 24)
+    return long_series("ETTh1, oil temperature", y[0], y[1], windows, 7 * 24, 24, 24)
 
 
 def lorenz(windows: int) -> Question:

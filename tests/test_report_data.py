@@ -187,6 +187,20 @@ def test_the_page_draws_the_frames_of_the_comparison(result):
     assert found["ranks"]["models"] == list(result.rank().ranks.index)
 
 
+def test_the_page_tells_how_accurate_the_states_are_where_the_truth_is_known(result, tmp_path):
+    found = sq.datasets.simulate("linear-gaussian", 4, 40, seed=0)
+    known = sq.compare({"true": found.model, "x": sq.SeasonalNaive()}, found, horizon=2, seed=0)
+    known.report(tmp_path / "known.html")
+    page = (tmp_path / "known.html").read_text("utf-8")
+    row = known.state_accuracy.loc[("true", "filtered")]
+    table = page[page.index("Accuracy of the states") :]
+    for name in ("RMSE", "NEES"):
+        assert re.search(rf'data-value="{re.escape(repr(float(row[name])))}"', table)
+    assert len(known.state_accuracy) == table[: table.index("</table>")].count("<tr>") - 1
+    result.report(tmp_path / "unknown.html")
+    assert "Accuracy of the states" not in (tmp_path / "unknown.html").read_text("utf-8")
+
+
 def test_few_series_and_windows_are_drawn_of_many_and_the_page_says_so(walks, tmp_path):
     pytest.importorskip("plotly")
     result = sq.compare(LastValue(), walks, horizon=1, season=1, n_windows=10, n_samples=20, seed=0)

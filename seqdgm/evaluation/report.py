@@ -109,7 +109,7 @@ def _sections(comparison: Comparison, data: dict[str, Any]) -> list[tuple[str, s
         ("forecasts", "Forecasts", _forecasts(data["forecasts"])),
         ("calibration", "Calibration", _calibration(comparison, data)),
         ("likelihoods", "Likelihoods", tables.likelihoods(comparison)),
-        ("latent", "Latent states", _states(data["states"])),
+        ("latent", "Latent states", _states(data["states"]) + tables.state_accuracy(comparison)),
         ("learning", "Training", _training(data["training"])),
         ("cost", "Time and memory", tables.cost(comparison)),
         ("data-set", "Data", tables.description(comparison)),

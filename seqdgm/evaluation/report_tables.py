@@ -122,11 +122,14 @@ def model_names(table: pd.DataFrame) -> Column:
     """Names of the models with the colours that they have in the plots."""
     return Column(
         "model",
-        [
-            f'<span class="name"><span class="key k{k % N_COLOURS}" aria-hidden="true"></span>'
-            f"<span>{escape(name)}</span></span>"
-            for k, name in enumerate(table.index)
-        ],
+        [_coloured(name, k) for k, name in enumerate(table.index)],
+    )
+
+
+def _coloured(name: Any, k: int) -> str:
+    return (
+        f'<span class="name"><span class="key k{k % N_COLOURS}" aria-hidden="true"></span>'
+        f"<span>{escape(name)}</span></span>"
     )
 
 
@@ -202,6 +205,35 @@ def likelihoods(comparison: Comparison) -> str:
         "Only numbers of one kind compare directly: an estimate is the logarithm of an unbiased "
         "estimate, a lower bound may lie below the truth by any amount, an approximation on either "
         "side of it. A model whose lower bound is above another's exact value is the better one.",
+    )
+
+
+def state_accuracy(comparison: Comparison) -> str:
+    """Accuracy of latent states where the truth is known, or nothing."""
+    table = comparison.state_accuracy
+    if table.empty:
+        return ""
+    places = {str(name): k for k, name in enumerate(comparison.table.index)}
+    models = [str(name) for name in table.index.get_level_values("model")]
+    columns = [
+        Column("model", [_coloured(name, places[name]) for name in models]),
+        words("states", table.index.get_level_values("which")),
+        words("map to the truth", table["aligned"]),
+        numbers("RMSE", table["RMSE"], _errors(table, "RMSE")),
+        numbers("NEES / d", table["NEES"], _errors(table, "NEES")),
+    ]
+    for name in map(str, table.columns):
+        if name.startswith("coverage-") and not name.endswith("-se"):
+            heading = f"in {name.removeprefix('coverage-')} %"
+            columns.append(numbers(heading, table[name], _errors(table, name), decimals=1))
+    columns.append(counts("series", table["series"]))
+    return render(
+        columns,
+        "Accuracy of the states",
+        "Against the true states, on the second half of the history. NEES: squared error in units "
+        "of the model's own covariance, over the number of states: 1 where that is right, larger "
+        "where it is too small. A model that learned its states is read through the affine map "
+        "that is best on the first half.",
     )
 
 
