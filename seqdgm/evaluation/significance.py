@@ -107,6 +107,8 @@ def paired_bootstrap(
     Hinkley (1997), *Bootstrap Methods and their Application*, section 4.4.
     """
     d = np.asarray(difference, dtype=float)
+    if not len(d):
+        return float("nan")
     codes = np.arange(len(d)) if cluster is None else pd.factorize(np.asarray(cluster))[0]
     sums, counts = np.bincount(codes, weights=d - d.mean()), np.bincount(codes)
     n = len(sums)
