@@ -1,6 +1,6 @@
 """Where depth pays: forecasts of classical and deep models from little and from much data.
 
-    python benchmarks/depth.py --work FOLDER
+    python benchmarks/depth.py
 
 Each model learns from 1 %, 10 % and 100 % of the training part of three data sets, and forecasts
 the same held-out windows. `--work` keeps what is finished, and an interrupted run goes on from
@@ -30,6 +30,7 @@ PIECE = 120  # steps of the pieces that a long series is learnt from
 DRAWS = 200
 # A deep model learns for so many updates or epochs, whichever is less; validation takes the best.
 UPDATES, EPOCHS, BATCH = 800, 200, 32
+WORK = Path(__file__).parent / "work" / "depth"
 COLUMNS = (
     "data",
     "share",
@@ -297,7 +298,7 @@ def lines(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of finished parts")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of finished parts")
     parser.add_argument("--data", action="append", help="only sets whose name begins so")
     parser.add_argument("--model", action="append", choices=MODELS, help="default all")
     parser.add_argument("--windows", type=int, default=100, help="windows to forecast")

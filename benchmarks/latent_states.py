@@ -1,6 +1,6 @@
 """Latent states whose truth is known: errors and honesty of classical and deep filters.
 
-    python benchmarks/latent_states.py --work FOLDER
+    python benchmarks/latent_states.py
 
 The classical filters are given the true model, and the learned ones only series of observations.
 Their states are mapped to the truth by the affine map that is best on the training series, and all
@@ -45,6 +45,7 @@ EPOCHS = 100
 DRIVE = 1000  # steps of the robot
 SEED, TRAIN_SEED, TEST_SEED = 0, 1, 2  # of models and filters, and of the simulated series
 TIMED = 2.0  # seconds after which a filter is not timed for a third time
+WORK = Path(__file__).parent / "work" / "latent_states"
 COLUMNS = (
     "system (sd of the states)",
     "filter",
@@ -273,7 +274,7 @@ def standard_error(values: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of finished parts")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of finished parts")
     parser.add_argument("--system", action="append", choices=(*SYSTEMS, ROBOT), help="default all")
     parser.add_argument("--filter", action="append", choices=(*CLASSICAL, *LEARNED))
     parser.add_argument("--series", type=int, default=100, help="series to learn from and to score")
