@@ -35,7 +35,8 @@ class Entry:
     `pooled` says that one set of parameters serves all series, so that they are fitted together;
     other models are fitted in blocks of series, each of which is kept once it is finished. `lags`
     are past values, in standardised logarithms, that enter as known inputs: none may be shorter
-    than the horizon. Models see the newest `history` steps (default: those of the plan).
+    than the horizon. Models see the newest `history` steps (default: those of the plan), with
+    `shift` added, so that logarithms have no zeros to meet.
     """
 
     model: SequenceModel
@@ -44,6 +45,7 @@ class Entry:
     draws: int = 100
     lags: Sequence[int] = ()
     history: int | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def forecast(plan: Plan, name: str, series: Series, cache: Path | None) -> Forec
         whole = [np.concatenate(pair) for pair in pairs]
         kept = entry.history or plan.history
         size_of = [kept + len(series.held[0]) if kept else len(x) for x in whole]
-        y = [x[-count:] for x, count in zip(whole, size_of, strict=True)]
+        y = [x[-count:] + entry.shift for x, count in zip(whole, size_of, strict=True)]
         known = None
         if entry.lags:
             ends = zip(whole, map(len, y), strict=True)
@@ -125,7 +127,7 @@ def forecast(plan: Plan, name: str, series: Series, cache: Path | None) -> Forec
         folder = None if cache is None else cache / str(first)
         done.append(_compare(entry, name, y, known, series, folder))
     arrays = zip(*(one[:3] for one in done), strict=True)
-    point, lo, hi = (np.concatenate(parts) for parts in arrays)
+    point, lo, hi = (np.concatenate(parts) - entry.shift for parts in arrays)
     fit, predict = (sum(one[k] for one in done) for k in (3, 4))
     return Forecasts(point, lo, hi, fit, predict)
 
@@ -290,6 +292,7 @@ def write(
                     "draws": entry.draws,
                     "lags": list(entry.lags),
                     "history": entry.history,
+                    "shift": entry.shift,
                 }
                 for key, entry in plan.entries.items()
             },
