@@ -36,7 +36,8 @@ class Entry:
     other models are fitted in blocks of series, each of which is kept once it is finished. `lags`
     are past values, in standardised logarithms, that enter as known inputs: none may be shorter
     than the horizon. Models see the newest `history` steps (default: those of the plan), with
-    `shift` added, so that logarithms have no zeros to meet.
+    `shift` added, so that logarithms have no zeros to meet. `centred` series are moved by the mean
+    of their last season and scaled by their mean seasonal step.
     """
 
     model: SequenceModel
@@ -46,6 +47,7 @@ class Entry:
     lags: Sequence[int] = ()
     history: int | None = None
     shift: float = 0.0
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,30 @@ def forecast(plan: Plan, name: str, series: Series, cache: Path | None) -> Forec
         whole = [np.concatenate(pair) for pair in pairs]
         kept = entry.history or plan.history
         size_of = [kept + len(series.held[0]) if kept else len(x) for x in whole]
-        y = [x[-count:] + entry.shift for x, count in zip(whole, size_of, strict=True)]
+        loc, scale = units(entry, series, rows)
+        moved = [(x - m) / s for x, m, s in zip(whole, loc, scale, strict=True)]
+        y = [x[-count:] for x, count in zip(moved, size_of, strict=True)]
         known = None
         if entry.lags:
             ends = zip(whole, map(len, y), strict=True)
             known = [lagged(x, entry.lags, series.held.shape[1])[-count:] for x, count in ends]
         folder = None if cache is None else cache / str(first)
-        done.append(_compare(entry, name, y, known, series, folder))
-    arrays = zip(*(one[:3] for one in done), strict=True)
-    point, lo, hi = (np.concatenate(parts) - entry.shift for parts in arrays)
+        found = _compare(entry, name, y, known, series, folder)
+        arrays = (one * scale[:, None] + loc[:, None] for one in found[:3])
+        done.append(Forecasts(*arrays, *found[3:]))
+    point, lo, hi = (np.concatenate(parts) for parts in zip(*(d[:3] for d in done), strict=True))
     fit, predict = (sum(one[k] for one in done) for k in (3, 4))
     return Forecasts(point, lo, hi, fit, predict)
+
+
+def units(entry: Entry, series: Series, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """What the model's data are moved and divided by, from the training part of each series."""
+    train, season = series.train[rows], series.season
+    if not entry.centred:
+        return np.full(len(train), -entry.shift), np.ones(len(train))
+    loc = np.array([x[-season:].mean() for x in train])
+    steps = np.array([metrics.naive_scale(x[None], season)[0] for x in train])
+    return loc, np.where(steps > 0, steps, 1.0)
 
 
 def lagged(x: np.ndarray, lags: Sequence[int], horizon: int) -> np.ndarray:
@@ -293,6 +308,7 @@ def write(
                     "lags": list(entry.lags),
                     "history": entry.history,
                     "shift": entry.shift,
+                    "centred": entry.centred,
                 }
                 for key, entry in plan.entries.items()
             },
