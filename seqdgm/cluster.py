@@ -47,6 +47,7 @@ def run_tasks(
     common: Any,
     load: Callable[[Any], Any],
     cluster: str | None = None,
+    lost: Callable[[Any, Any, T, str], R] | None = None,
 ) -> Iterator[tuple[T, R]]:
     """Yield each task with ``function(common, load(task.data), task)``.
 
@@ -68,18 +69,23 @@ def run_tasks(
         key go into the object store once; at most two tasks for each processor are in flight, in
         the order in which they end; tasks of a lost worker are run again. A task has one processor,
         and Ray gives its numerical libraries as many threads.
+    lost : callable, optional
+        Makes the result of a task that lost its worker every time, from the arguments of `function`
+        and what happened; without it that is an error.
 
     Raises
     ------
     ImportError
         Without Ray: ``pip install 'seqdgm[cluster]'``.
+    RuntimeError
+        For a task that lost its worker every time.
     Exception
         What a task raises, as it raised it.
     """
     check_cluster(cluster)
     if cluster is None:
         return _here(function, tasks, common, load)
-    return _on_ray(function, tasks, common, load, cluster)
+    return _on_ray(function, tasks, common, load, cluster, lost)
 
 
 def check_cluster(cluster: Any) -> None:
@@ -109,6 +115,7 @@ def _on_ray(
     common: Any,
     load: Callable[[Any], Any],
     address: str,
+    lost: Callable[[Any, Any, T, str], R] | None,
 ) -> Iterator[tuple[T, R]]:
     with _session(address) as ray:
         remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(function)
@@ -119,10 +126,19 @@ def _on_ray(
         def collect() -> tuple[T, R]:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             try:
-                result: R = ray.get(ready)
+                return running[ready], ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            return running.pop(ready), result
+            except _lost_workers(ray) as error:
+                text = (
+                    f"the worker was lost {1 + _RETRIES} times ({type(error).__name__}), perhaps "
+                    "for want of memory"
+                )
+                if lost is None:
+                    raise RuntimeError(f"{running[ready]}: {text}") from error
+                return running[ready], lost(common, load(running[ready].data), running[ready], text)
+            finally:
+                del running[ready]
 
         try:
             for task in tasks:
@@ -136,6 +152,11 @@ def _on_ray(
         finally:
             for left in running:
                 ray.cancel(left, force=True)
+
+
+def _lost_workers(ray: Any) -> tuple[type[Exception], ...]:
+    names = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError")
+    return tuple(getattr(ray.exceptions, name) for name in names)
 
 
 @contextmanager

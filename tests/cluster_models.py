@@ -38,6 +38,21 @@ class Deadly(LastValue):
         return super().fit(y)
 
 
+class AlwaysDeadly(LastValue):
+    """Kills every process, but `keeper`, that fits a series below zero."""
+
+    per_series = True
+
+    def __init__(self, bias: float = 0.0, std: float = 1.0, keeper: int = 0):
+        super().__init__(bias, std)
+        self.keeper = keeper
+
+    def fit(self, y, inputs=None, *, seed=None, progress=False, **options):
+        if np.nanmin(Panel.of(y).values) < 0 and os.getpid() != self.keeper:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().fit(y)
+
+
 class DeadlyARIMA(ARIMA):
     """Kills the first process, but `keeper`, that looks at its data."""
 

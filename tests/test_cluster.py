@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cluster_models import Choosy, Deadly, DeadlyARIMA
+from cluster_models import AlwaysDeadly, Choosy, Deadly, DeadlyARIMA
 from standins import Fragile, LastValue
 
 import seqdgm as sq
@@ -150,6 +150,20 @@ def test_an_error_reaches_the_caller_as_it_was_raised(ray, panel):
         backtest({"m": Choosy()}, panel, 3, errors="raise", cluster="ray", partition_size=3)
     assert type(caught.value) is ValueError
     assert "raised by m on the window" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_every_worker_is_a_failure_of_its_series(ray, panel, monkeypatch):
+    monkeypatch.setattr("seqdgm.cluster._RETRIES", 1)
+    panel[5, 4] = -100.0
+    models = {"m": AlwaysDeadly(keeper=os.getpid()), "n": LastValue()}
+    with pytest.warns(RuntimeWarning, match="the worker was lost 2 times"):
+        frame = backtest(models, panel, 3, cluster="ray", partition_size=3)
+    assert [row["unique_id"] for row in frame.attrs["failures"]] == [3, 4, 5]
+    assert set(frame.loc[frame["m"].isna(), "unique_id"]) == {3, 4, 5}
+    assert frame["n"].notna().all()
+    with pytest.raises(RuntimeError, match="the worker was lost 2 times"):
+        backtest(models, panel, 3, cluster="ray", partition_size=3, errors="raise")
 
 
 @pytest.mark.slow

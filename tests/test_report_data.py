@@ -292,6 +292,13 @@ def test_latex_holds_the_rounded_table_and_escapes_names(walks, tmp_path):
         result.to_latex(columns=["speed"])
 
 
+def test_latex_rows_do_not_begin_with_an_argument(walks):
+    models = {"[x]": LastValue(), "*": LastValue(std=4.0)}
+    out = sq.compare(models, walks, horizon=4, season=1, n_samples=50, seed=2).to_latex()
+    rows = out[out.index(r"\midrule") : out.index(r"\bottomrule")].splitlines()[1:]
+    assert {row.split(" & ")[0] for row in rows} == {"{[}x{]}", "{*}"}
+
+
 def test_states_are_at_most_so_many(monkeypatch):
     y = np.arange(60.0) % 12 + np.random.default_rng(0).normal(size=60)
     model = sq.SeasonalNaive(season=12)

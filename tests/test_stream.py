@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,39 @@ def test_memory_does_not_grow_with_the_number_of_partitions(tmp_path):
         peaks[partitions] = float(ended.stdout)
     # Twelve partitions more are 38 MB of values alone, and several times that as tables.
     assert peaks[16] - peaks[4] < 20
+
+
+def test_other_data_of_the_same_shape_are_refused(long, tmp_path):
+    source = write(long, tmp_path / "in", [100])
+    options = {"seed": 0, "partition_size": 4}
+    first = read(backtest_parquet(Choosy(), source, 3, tmp_path / "out", **options).forecasts)
+    again = read(backtest_parquet(Choosy(), source, 3, tmp_path / "out", **options).forecasts)
+    pd.testing.assert_frame_equal(first, again)
+    shutil.rmtree(source)
+    write(long.assign(y=100 * long["y"]), source, [100])
+    with pytest.raises(ValueError, match="its data differ"):
+        backtest_parquet(Choosy(), source, 3, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("size", [1, 4, 20])
+def test_series_that_no_model_can_be_given_are_rows_of_failures(long, tmp_path, size):
+    long = long[(long["unique_id"] != "s03") | (long.groupby("unique_id").cumcount() < 3)]
+    long.loc[(long["unique_id"] == "s07") & (long["ds"] == "2016-01-01"), "y"] = np.inf
+    source = write(long, tmp_path / "in", [])
+    models = {"m": LastValue(), "n": LastValue(bias=1.0)}
+    models["m"].per_series = models["n"].per_series = True
+    done = backtest_parquet(models, source, 3, tmp_path / "out", seed=0, partition_size=size)
+    failures = read(done.failures).sort_values(["unique_id", "model"], ignore_index=True)
+    assert failures["unique_id"].tolist() == ["s03", "s03", "s07", "s07"]
+    assert failures["model"].tolist() == ["m", "n", "m", "n"]
+    assert "too few" in failures["error"][0]
+    assert "infinite" in failures["error"][2]
+    forecasts = read(done.forecasts)
+    assert sorted(forecasts["unique_id"].unique()) == [
+        f"s{n:02d}" for n in range(11) if n not in (3, 7)
+    ]
+    assert forecasts[["m", "n"]].notna().all(axis=None)
+    with pytest.raises(ValueError, match=r"s07|s03"):
+        backtest_parquet(
+            models, source, 3, tmp_path / "raise", seed=0, partition_size=size, errors="raise"
+        )

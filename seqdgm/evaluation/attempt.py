@@ -18,7 +18,7 @@ from seqdgm.results import Forecast, LogProb, StatePosterior
 
 # What a model raises when the data or the arithmetic defeat it. Anything else (a wrong type, a
 # missing attribute) is a mistake in the code and is not swallowed.
-MODEL_ERRORS = (ArithmeticError, RuntimeError, ValueError)
+MODEL_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 
 Errors = Literal["record", "raise"]
 

@@ -20,12 +20,21 @@ from seqdgm.evaluation.checkpoint import (
     digest_panel,
     digest_settings,
 )
-from seqdgm.evaluation.parts import Job, PartTask, Slice, join_parts, make_parts
-from seqdgm.evaluation.windows import Window, cut_windows, series_name
+from seqdgm.evaluation.parts import (
+    Job,
+    PartTask,
+    Slice,
+    column_names,
+    join_parts,
+    lost_parts,
+    make_parts,
+)
+from seqdgm.evaluation.windows import TRUTH_COLUMNS, Window, cut_windows, series_name
 from seqdgm.fitting import separate
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
 from seqdgm.progress import progress_bar
+from seqdgm.types import check_count
 
 __all__ = [
     "MODEL_ERRORS",
@@ -98,8 +107,10 @@ def backtest(
     cache : path, optional
         Folder in which each finished model and window is kept (Parquet), and from which the same
         call goes on after an interruption; needs a `seed`. Models may be added. Other data, other
-        settings, or another model of the same name are refused. With ``refit=False`` the windows
-        of a model share its fit, and are kept or repeated together.
+        settings, or another model of the same name are refused; a model is known by its class, its
+        hyperparameters and, for a class that is not of this package, the source of the class. A
+        window on which a model failed for every series is not kept. With ``refit=False`` the
+        windows of a model share its fit, and are kept or repeated together.
     cluster : str, optional
         Where the work is done: None in this process; ``"ray"`` on the Ray cluster that is there or
         on this machine; or the address of one, as ``"ray://host:10001"``. The tasks, and so the
@@ -187,6 +198,8 @@ class Run:
         unknown = sorted(set(self.fit_options) - set(self.models))
         if unknown:
             raise ValueError(f"fit_options names {unknown}, but the models are {list(self.models)}")
+        self._check_names()
+        check_count("n_samples", self.n_samples)
         if self.errors not in get_args(Errors):
             raise ValueError(f"errors={self.errors!r} is unknown; choose 'record' or 'raise'")
         if self.cache is not None and self.seed is None:
@@ -194,14 +207,23 @@ class Run:
                 "cache needs a seed: without one a continued run is not the run that began; pass "
                 "seed=0, say"
             )
-        if int(self.partition_size) != self.partition_size or self.partition_size < 1:
-            raise ValueError(
-                f"partition_size={self.partition_size!r} must be a whole number, at least 1"
-            )
+        check_count("partition_size", self.partition_size)
         windows = cut_windows(
             self.panel, self.horizon, self.n_windows, self.step, self.inputs, self.seed
         )
         object.__setattr__(self, "windows", windows)
+
+    def _check_names(self) -> None:
+        """Refuse names of models whose columns would take each other's place."""
+        taken = dict.fromkeys(TRUTH_COLUMNS, "what is held out")
+        for name in self.models:
+            for column in column_names(name, self.level):
+                if column in taken:
+                    raise ValueError(
+                        f"the column {column!r} of model {name!r} is also one of {taken[column]}; "
+                        "give the model another name"
+                    )
+                taken[column] = f"model {name!r}"
 
     def partitions(self, name: str) -> list[Rows]:
         """Take the series apart where the named model fits each on its own."""
@@ -273,11 +295,17 @@ def run_parts(run: Run, score: Callable[[Record], Scored], **settings: Any) -> l
     with progress_bar(run.progress, total) as advance:
         advance(held_back, "")
         results = run_tasks(
-            make_parts, tasks, common=run.job(score), load=run.slice, cluster=run.cluster
+            make_parts,
+            tasks,
+            common=run.job(score),
+            load=run.slice,
+            cluster=run.cluster,
+            lost=lost_parts if run.errors == "record" else None,
         )
         for task, parts in results:
             for part in parts:
-                if checkpoint is not None:
+                # A model that failed altogether is tried again: it may have lacked memory.
+                if checkpoint is not None and not part.lost:
                     checkpoint.save(part)
                 found[task.model, part.number].append(part)
             advance(len(parts), f"{task.model}, window {task.numbers[-1] + 1} of {run.n_windows}")
@@ -294,6 +322,10 @@ def name_models(models: Models) -> dict[str, SequenceModel]:
     """Give every model the name under which it appears in tables."""
     if isinstance(models, Mapping):
         named = {str(name): model for name, model in models.items()}
+        if len(named) < len(models):
+            raise ValueError(
+                f"two of the names {list(models)} are the same as text; names tell models apart"
+            )
     else:
         several = [models] if isinstance(models, SequenceModel) else list(models)
         named = {type(model).__name__: model for model in several}

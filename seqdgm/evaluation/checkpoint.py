@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +51,8 @@ class Part(NamedTuple):
         As in `Scored`.
     first : int
         Position of its first series among all.
+    lost : bool
+        Whether the model failed for all series; such a part is not written to a folder.
     """
 
     model: str
@@ -62,6 +66,7 @@ class Part(NamedTuple):
     forecast_seconds: float
     peak_mb: float
     first: int = 0
+    lost: bool = False
 
 
 class Checkpoint:
@@ -89,7 +94,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._digests = dict(models)
         run = self.folder / "run.json"
-        held = json.loads(run.read_text()) if run.is_file() else {}
+        held = _json(run) if run.is_file() else {}
         found = {"data": data, "settings": settings, "models": held.get("models", {}) | models}
         what = [key for key in ("data", "settings") if held.get(key, found[key]) != found[key]]
         what += [
@@ -110,9 +115,9 @@ class Checkpoint:
         note = self._path(model, number, first, "json")
         if not note.is_file():
             return None
-        held = json.loads(note.read_text())
+        held = _json(note)
         columns, scores, pit, traces = (
-            pd.read_parquet(self._path(model, number, first, name)) for name in _FRAMES
+            _frame(self._path(model, number, first, name)) for name in _FRAMES
         )
         failures = tuple(Failure(*failure) for failure in held["failures"])
         fit, forecast, peak = (float(held[name]) for name in _TIMES)
@@ -135,6 +140,28 @@ class Checkpoint:
         return self.folder / (f"{stem}.json" if what == "json" else f"{stem}.{what}.parquet")
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        held: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return held
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (ValueError, OSError) as error:  # pyarrow's errors are of these kinds
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path.name!r} in the cache {str(path.parent)!r} cannot be read ({error}); delete the "
+        "folder to start afresh"
+    )
+
+
 _FRAMES = ("columns", "scores", "pit", "traces")
 _TIMES = ("fit_seconds", "forecast_seconds", "peak_mb")
 
@@ -151,8 +178,7 @@ def digest_panel(panel: Panel | None) -> str:
 
 def digest_model(model: Any, options: Mapping[str, Any]) -> str:
     """Digest of a model's class, its hyperparameters and the options of its fit."""
-    kind = f"{type(model).__module__}:{type(model).__qualname__}"
-    return _digest([kind, model.get_params(), dict(options)])
+    return _digest([type(model), model.get_params(), dict(options)])
 
 
 def digest_settings(**settings: Any) -> str:
@@ -170,6 +196,8 @@ def _feed(state: Any, value: Any) -> None:
     """Hash by content; whatever has no content of its own counts by its `repr`."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
+    elif isinstance(value, torch.nn.Module):
+        value = [type(value), repr(value), dict(value.state_dict())]
     state.update(type(value).__name__.encode())
     if isinstance(value, np.ndarray) and value.dtype != object:
         state.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
@@ -177,9 +205,25 @@ def _feed(state: Any, value: Any) -> None:
         for key in sorted(value, key=repr):
             _feed(state, key)
             _feed(state, value[key])
+    elif isinstance(value, type):
+        for kind in value.__mro__:
+            state.update(f"{kind.__module__}:{kind.__qualname__}\0{_source(kind)}".encode())
+    elif isinstance(value, FunctionType):
+        state.update(f"{value.__module__}:{value.__qualname__}\0{_source(value)}".encode())
     elif isinstance(value, (list, tuple, np.ndarray)):
         state.update(str(len(value)).encode())
         for item in value:
             _feed(state, item)
     else:
         state.update(repr(value).encode() + b"\0")
+
+
+def _source(value: Any) -> str:
+    """Source of a class or function of a user's own, where it is known; of a package none."""
+    package = value.__module__.partition(".")[0]
+    if package in ("builtins", "seqdgm", "torch", "abc", "typing"):
+        return ""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return ""

@@ -29,6 +29,7 @@ from seqdgm.evaluation.provenance import describe
 from seqdgm.evaluation.significance import Ranking, rank_models
 from seqdgm.evaluation.traces import states_table, training_table
 from seqdgm.panel import Panel
+from seqdgm.types import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +153,8 @@ class Comparison:
         Parameters
         ----------
         metric : str
-            Column of `scores`, smaller is better; of ``"log_score"`` the larger is better.
+            Column of `scores`: a loss, ``"log_score"`` (larger is better), or a coverage such as
+            ``"coverage-95"`` (nearer to its level is better).
         alpha : float
             Level of the tests.
         models : sequence of str, optional
@@ -164,12 +166,17 @@ class Comparison:
             ``.ranks``, ``.critical_difference``, ``.groups()`` and ``.plot()``, the
             critical-difference diagram.
         """
-        if metric not in self.scores or metric in ("model", "unique_id", "cutoff"):
-            raise ValueError(f"metric={metric!r} is not a column of scores")
+        known = leaderboard.metric_names(self.level, self.panel.n_dims)
+        if metric not in known:
+            raise ValueError(f"metric={metric!r} does not rank models; choose among {known}")
         wide = self.scores.pivot(index=["unique_id", "window"], columns="model", values=metric)
         if models is not None:
             wide = wide[list(models)]
-        return rank_models(-wide if metric == "log_score" else wide, alpha)
+        if metric == "log_score":
+            wide = -wide
+        elif metric.startswith("coverage-"):
+            wide = (wide - float(metric.removeprefix("coverage-"))).abs()
+        return rank_models(wide, alpha)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table as CSV, full precision, the models in the column ``model``."""
@@ -320,6 +327,9 @@ cache, cluster, partition_size
     if isinstance(data, Simulation):
         data, states = data.y, data.states if states is None else states
     panel, horizon, season, defaults = _settings(data, horizon, season)
+    check_count("season", season)
+    if n_samples < 2:
+        raise ValueError(f"n_samples={n_samples!r}: the CRPS takes the distance of two draws")
     truth = None if states is None else check_states(states, panel, align)
     named = name_models(default_models(season, horizon, defaults) if models is None else models)
     baseline = _baseline(named, baseline)

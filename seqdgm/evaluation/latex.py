@@ -34,6 +34,10 @@ _ESCAPES = {
     "_": r"\_",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    # At the beginning of a row these would be arguments of what ends the row before.
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     MINUS: "$-$",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from seqdgm.evaluation import metrics
 from seqdgm.evaluation.attempt import MODEL_ERRORS, Failure, Record
@@ -54,45 +56,143 @@ def score(
     values: dict[str, Any] = dict.fromkeys(
         [*names, "scale", "points", "quantile_loss", "size", "log_score_stderr"], np.nan
     ) | {"log_score_kind": None}
-    values["pit"] = np.full(window.held_out.values.size, np.nan)
-    forecast = record.forecast
-    failures: tuple[Failure, ...] = ()
-    if forecast is not None:
+    n = window.train.n_series
+    values["pit"] = np.full((n, window.held_out.values[0].size), np.nan)
+    failures: list[Failure] = []
+    if record.forecast is not None:
         failed = [failure.series for failure in record.failures]
         held = window.held_out.values.copy()
         held[[n for n in failed if n is not None]] = np.nan  # or its forecast would be refused
-        try:
-            values |= _accuracy(forecast, window, held, season, level, n_samples)
-            log_prob = forecast.log_prob(window.held_out)
-            known = (~np.isnan(held)).any(axis=2).sum(axis=1)
-            values["log_score"] = metrics.log_score(log_prob, held)
-            values["log_score_stderr"] = log_prob.stderr / np.where(known > 0, known, np.nan)
-            values["log_score_kind"] = log_prob.kind
-        except MODEL_ERRORS as error:
-            failures = (Failure(None, f"scoring: {type(error).__name__}: {error}"),)
-    pit = pd.DataFrame({record.model: values.pop("pit")})
-    scores = pd.DataFrame(values, index=range(window.train.n_series))
+        accuracy, failures = _accuracies(record.forecast, window, held, season, level, n_samples)
+        density, unknown = _apart(lambda rows: _density(record, held, rows), n)
+        values |= accuracy | density
+        failures += [failure for failure in unknown if failure not in failures]
+    pit = pd.DataFrame({record.model: values.pop("pit").ravel()})
+    scores = pd.DataFrame(values, index=range(n))
     traces, untraced = trace(record, states=states)
     return Scored(scores, pit, traces, (*failures, *untraced))
 
 
-def _accuracy(
+def _accuracies(
     forecast: Forecast,
     window: Window,
     held: np.ndarray,
     season: int,
     level: Sequence[float],
     n_samples: int,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], list[Failure]]:
+    try:
+        drawn = Drawn.of(forecast, window, held, level, n_samples)
+    except MODEL_ERRORS as error:
+        return {}, [Failure(None, f"scoring: {type(error).__name__}: {error}")]
+    return _apart(lambda rows: _accuracy(drawn.take(rows), season, window.seed), len(held))
+
+
+def _apart(
+    compute: Callable[[list[int]], dict[str, np.ndarray]], n: int
+) -> tuple[dict[str, np.ndarray], list[Failure]]:
+    """Put arrays over the series together, leaving those series out on which `compute` fails."""
+    found: dict[str, np.ndarray] = {}
+    failures: list[Failure] = []
+    todo = [list(range(n))]
+    while todo:
+        rows = todo.pop(0)
+        try:
+            part = compute(rows)
+        except MODEL_ERRORS as error:
+            if len(rows) > 1:
+                # Halving finds one bad series among N in log N steps.
+                half = len(rows) // 2
+                todo[:0] = [rows[:half], rows[half:]]
+            else:
+                failures.append(Failure(rows[0], f"scoring: {type(error).__name__}: {error}"))
+            continue
+        for name, value in part.items():
+            nothing = None if value.dtype == object else np.nan
+            out = found.setdefault(name, np.full((n, *value.shape[1:]), nothing))
+            out[rows] = value
+    texts = {failure.error for failure in failures}
+    if len(failures) == n and len(texts) == 1:
+        failures = [Failure(None, texts.pop())]
+    return found, failures
+
+
+class Drawn(NamedTuple):
+    """What the metrics need of a forecast and its data, an array over the series each.
+
+    Attributes
+    ----------
+    quantiles, low, high : ndarray
+        At `WQL_LEVELS` and of the intervals of `level`, in the second dimension.
+    """
+
+    held: Float[np.ndarray, "series steps dim"]
+    train: Float[np.ndarray, "series time dim"]
+    mean: Float[np.ndarray, "series steps dim"]
+    samples: Float[np.ndarray, "series draws steps dim"]
+    quantiles: Float[np.ndarray, "series quantiles steps dim"]
+    low: Float[np.ndarray, "series levels steps dim"]
+    high: Float[np.ndarray, "series levels steps dim"]
+    level: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls,
+        forecast: Forecast,
+        window: Window,
+        held: np.ndarray,
+        level: Sequence[float],
+        n_samples: int,
+    ) -> Drawn:
+        """Draw from a forecast."""
+        shape = (len(held), len(level), *held.shape[1:])
+        low, high = np.empty(shape), np.empty(shape)
+        for k, lv in enumerate(level):
+            low[:, k], high[:, k] = forecast.interval(lv)
+        return cls(
+            held,
+            window.train.values,
+            forecast.mean,
+            forecast.sample(n_samples, seed=window.seed),
+            np.moveaxis(forecast.quantiles(np.array(WQL_LEVELS)), 0, 1),
+            low,
+            high,
+            tuple(level),
+        )
+
+    def take(self, rows: list[int]) -> Drawn:
+        """Return the arrays of some series."""
+        if len(rows) == len(self.held):
+            return self
+        arrays = {name: getattr(self, name)[rows] for name in self._fields if name != "level"}
+        return self._replace(**arrays)
+
+
+def _density(record: Record, held: np.ndarray, rows: list[int]) -> dict[str, np.ndarray]:
+    """Held-out log density a step of some series, (series,) each."""
+    assert record.forecast is not None
+    own = np.full_like(held, np.nan)
+    own[rows] = held[rows]
+    found = record.forecast.log_prob(replace(record.window.held_out, values=own))
+    known = (~np.isnan(own)).any(axis=2).sum(axis=1)
+    out = {
+        "log_score": metrics.log_score(found, own),
+        "log_score_stderr": found.stderr / np.where(known > 0, known, np.nan),
+        "log_score_kind": np.full(len(own), found.kind, dtype=object),
+    }
+    return {name: value[rows] for name, value in out.items()}
+
+
+def _accuracy(drawn: Drawn, season: int, seed: int | None) -> dict[str, np.ndarray]:
     """Metrics of the forecasts, (series,) each; columns of a series are averaged.
 
-    Besides, ``"pit"``: of each held-out value, the rows of `Window.truth`.
+    Besides, ``"pit"``: of each held-out value, the rows of `Window.truth` that belong to a series.
     """
+    held = drawn.held
     n, _, dim = held.shape
-    y, train = flat(held), flat(window.train.values)
-    point = flat(forecast.mean)
-    samples = forecast.sample(n_samples, seed=window.seed)
-    quantiles = np.stack([flat(q) for q in forecast.quantiles(np.array(WQL_LEVELS))])
+    y, train = flat(held), flat(drawn.train)
+    point, samples = flat(drawn.mean), flat(drawn.samples)
+    quantiles = np.moveaxis(flat(drawn.quantiles), 1, 0)
     losses = 2.0 * np.mean(
         [metrics.quantile_score(y, z, q) for z, q in zip(quantiles, WQL_LEVELS, strict=True)],
         axis=0,
@@ -105,16 +205,16 @@ def _accuracy(
         "size": np.nansum(np.abs(held), axis=(1, 2)),
         "MASE": mean_over(metrics.mase(y, point, train, season), n),
         "sMAPE": mean_over(metrics.smape(y, point), n),
-        "CRPS": mean_over(metrics.crps(y, flat(samples)), n),
-        "pit": metrics.pit(y, flat(samples), seed=window.seed).ravel(),
+        "CRPS": mean_over(metrics.crps(y, samples), n),
+        "pit": metrics.pit(y, samples, seed=seed).reshape(n, -1),
     }
-    for lv in level:
-        lo, hi = (flat(end) for end in forecast.interval(lv))
+    for k, lv in enumerate(drawn.level):
+        lo, hi = flat(drawn.low[:, k]), flat(drawn.high[:, k])
         out[f"coverage-{lv:g}"] = mean_over(metrics.coverage(y, lo, hi), n)
         out[f"MSIS-{lv:g}"] = mean_over(metrics.msis(y, lo, hi, train, season, lv), n)
     if dim > 1:
-        out["CRPS_sum"] = metrics.crps_sum(held, samples, aggregate="series")
-        out["energy_score"] = metrics.energy_score(held, samples[:, :_JOINT_DRAWS])
+        out["CRPS_sum"] = metrics.crps_sum(held, drawn.samples, aggregate="series")
+        out["energy_score"] = metrics.energy_score(held, drawn.samples[:, :_JOINT_DRAWS])
     return out
 
 
@@ -148,20 +248,22 @@ def units(run: Run, parts: Sequence[Part]) -> pd.DataFrame:
 
 
 def benchmark(run: Run, season: int) -> pd.DataFrame:
-    """sMAPE and MASE of Naive2 for each unit; NaN where the data are not all positive."""
+    """sMAPE and MASE of Naive2 for each unit; NaN for a series that is not all positive."""
     rows = []
     for window in run.windows:
         held, train = window.held_out.values, window.train.values
         n, steps, dim = held.shape
         frame = pd.DataFrame({"unique_id": list(window.train.ids), "window": window.number})
-        scores = np.full((2, n), np.nan)
-        if np.nanmin(train) > 0:
-            past, y = flat(train), flat(held)
-            lengths = np.repeat(window.train.lengths, dim)
-            point = metrics.naive2(past, season, steps, lengths)
-            scores[0] = mean_over(metrics.smape(y, point), n)
-            scores[1] = mean_over(metrics.mase(y, point, past, season), n)
-        rows.append(frame.assign(smape2=scores[0], mase2=scores[1]))
+        past, y = flat(train), flat(held)
+        lengths = np.repeat(window.train.lengths, dim)
+        point = np.zeros_like(y)
+        usable = ~(past <= 0).any(axis=1) & ~np.isnan(past).all(axis=1)
+        point[usable] = metrics.naive2(past[usable], season, steps, lengths[usable])
+        y = np.where(usable[:, None], y, np.nan)
+        scores = [metrics.smape(y, point), metrics.mase(y, point, past, season)]
+        whole = usable.reshape(n, dim).all(axis=1)
+        smape2, mase2 = (np.where(whole, mean_over(score, n), np.nan) for score in scores)
+        rows.append(frame.assign(smape2=smape2, mase2=mase2))
     return pd.concat(rows, ignore_index=True)
 
 

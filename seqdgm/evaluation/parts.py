@@ -13,7 +13,7 @@ from seqdgm.cluster import Rows
 from seqdgm.evaluation.attempt import Errors, Failure, Fitted, Record, attempt
 from seqdgm.evaluation.checkpoint import Part, Scored
 from seqdgm.evaluation.traces import thin
-from seqdgm.evaluation.windows import cut_windows
+from seqdgm.evaluation.windows import Window, cut_windows
 from seqdgm.inference import warm_up
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
@@ -56,32 +56,48 @@ def make_parts(job: Job, data: Slice, task: PartTask) -> list[Part]:
     """Carry out a task: a `Part` for each of its windows."""
     model = job.models[task.model]
     warm_up(model)  # or the first window would be charged for imports and compilation
-    windows = cut_windows(
-        data.panel, job.horizon, job.n_windows, job.step, data.inputs, job.seed, data.first
-    )
+    windows = _windows(job, data)
     fitted: dict[str, list[Fitted]] | None = None if job.refit else {}
     options = job.fit_options.get(task.model, {})
-    parts = []
-    for number in task.numbers:
-        window = windows[number]
-        record = attempt(task.model, model, window, job.n_samples, options, fitted, job.errors)
-        scored = job.score(record)
-        parts.append(
-            Part(
-                task.model,
-                number,
-                forecast_columns(record, job.level),
-                scored.scores,
-                scored.pit,
-                scored.traces,
-                (*record.failures, *scored.failures),
-                record.fit_seconds,
-                record.forecast_seconds,
-                record.peak_mb,
-                data.first,
-            )
-        )
-    return parts
+    records = (
+        attempt(task.model, model, windows[number], job.n_samples, options, fitted, job.errors)
+        for number in task.numbers
+    )
+    return [_part(job, record) for record in records]
+
+
+def lost_parts(job: Job, data: Slice, task: PartTask, error: str) -> list[Part]:
+    """Return the parts of a task that could not be carried out: everything NaN, and the error."""
+    windows, failures = _windows(job, data), (Failure(None, error),)
+    records = (
+        Record(task.model, windows[number], None, 0.0, 0.0, failures=failures)
+        for number in task.numbers
+    )
+    return [_part(job, record) for record in records]
+
+
+def _windows(job: Job, data: Slice) -> list[Window]:
+    return cut_windows(
+        data.panel, job.horizon, job.n_windows, job.step, data.inputs, job.seed, data.first
+    )
+
+
+def _part(job: Job, record: Record) -> Part:
+    scored = job.score(record)
+    return Part(
+        record.model,
+        record.window.number,
+        forecast_columns(record, job.level),
+        scored.scores,
+        scored.pit,
+        scored.traces,
+        (*record.failures, *scored.failures),
+        record.fit_seconds,
+        record.forecast_seconds,
+        record.peak_mb,
+        record.window.first,
+        record.forecast is None,
+    )
 
 
 def forecast_columns(record: Record, level: Sequence[float]) -> pd.DataFrame:
@@ -89,10 +105,14 @@ def forecast_columns(record: Record, level: Sequence[float]) -> pd.DataFrame:
     if record.forecast is not None:
         frame = replace(record.forecast, model=record.model).to_frame(level)
         return frame.drop(columns=["unique_id", "ds"])
-    names = [record.model]
-    names += [f"{record.model}-{end}-{lv:g}" for lv in level for end in ("lo", "hi")]
+    names = column_names(record.model, level)
     held = record.window.held_out
     return pd.DataFrame(np.nan, index=range(int(held.lengths.sum()) * held.n_dims), columns=names)
+
+
+def column_names(model: str, level: Sequence[float]) -> list[str]:
+    """Columns of a model: its mean and the ends of its intervals."""
+    return [model, *(f"{model}-{end}-{lv:g}" for lv in level for end in ("lo", "hi"))]
 
 
 def join_parts(parts: Sequence[Part], n_series: int) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,19 @@ from seqdgm.evaluation.backtest import (
     name_models,
 )
 from seqdgm.evaluation.checkpoint import Scored, digest_model, digest_settings
-from seqdgm.evaluation.parts import PartTask, Slice, make_parts
+from seqdgm.evaluation.parts import PartTask, Slice, column_names, make_parts
 from seqdgm.fitting import separate
 from seqdgm.panel import Panel
 from seqdgm.progress import progress_bar
 from seqdgm.serialize import write_whole
+from seqdgm.types import check_count
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.dataset as pads
 
 _KEYS = ("unique_id", "ds")
+_BLOCK = 1 << 22
 _FAILURE_COLUMNS = ("model", "unique_id", "cutoff", "error")
 
 
@@ -43,7 +46,9 @@ class Streamed(NamedTuple):
     forecasts : pyarrow.dataset.Dataset
         The rows of `seqdgm.backtest`, one file a partition, in the order of the series.
     failures : pyarrow.dataset.Dataset
-        Columns ``model, unique_id, cutoff, error``, all text: one row a failure.
+        Columns ``model, unique_id, cutoff, error``, all text: one row a failure. A series that is
+        too short or has an infinite value has no rows among the forecasts, and one here for each
+        model.
     """
 
     forecasts: pads.Dataset
@@ -164,8 +169,7 @@ def backtest_parquet(
                 f"{name} shares its parameters over the series and needs the whole panel in "
                 "memory; use seqdgm.backtest, or a model that fits each series on its own"
             )
-    if int(partition_size) != partition_size or partition_size < 1:
-        raise ValueError(f"partition_size={partition_size!r} must be a whole number, at least 1")
+    check_count("partition_size", partition_size)
     dataset = _open(source, (*_KEYS, *columns, *inputs))
     options = {
         "horizon": horizon,
@@ -185,7 +189,7 @@ def backtest_parquet(
         folder,
         models={name: digest_model(model, known.get(name, {})) for name, model in named.items()},
         settings=digest_settings(**options, columns=list(columns), inputs=list(inputs)),
-        data=digest_settings(plan=[(one.first, one.stop, one.rows) for one in plan]),
+        data=digest_settings(files=_digests(dataset), partition_size=partition_size),
     )
     todo = [one for one in plan if not _target(folder, "forecasts", one.number).is_file()]
     given = {**options, "models": named, "fit_options": known}
@@ -214,6 +218,18 @@ def _open(source: Any, needed: Sequence[str]) -> pads.Dataset:
             "rename its columns, or name them with columns= and inputs="
         )
     return dataset
+
+
+def _digests(dataset: pads.Dataset) -> list[str]:
+    """Digest of the bytes of each file."""
+    found = []
+    for file in dataset.get_fragments():
+        state = hashlib.sha256()
+        with file.filesystem.open_input_stream(file.path) as stream:
+            while block := stream.read(_BLOCK):
+                state.update(block)
+        found.append(state.hexdigest())
+    return found
 
 
 def _partitions(dataset: pads.Dataset, size: int) -> Iterator[Partition]:
@@ -267,6 +283,31 @@ def _write_partition(job: StreamJob, data: None, part: Partition) -> None:
     names = [*_KEYS, *job.columns, *job.inputs]
     tables = [piece.to_table(schema=job.schema, columns=names) for piece in part.pieces]
     frame = pa.concat_tables(tables).slice(part.skip, part.rows).to_pandas()
+    refused = _unusable(frame, job) if job.options["errors"] == "record" else {}
+    used = frame[~frame["unique_id"].isin(list(refused))] if refused else frame
+    rows = [
+        {"model": model, "unique_id": name, "cutoff": None, "error": error}
+        for name, error in refused.items()
+        for model in job.options["models"]
+    ]
+    if len(used):
+        found, failed = _backtest(job, used, part)
+        rows += failed
+    else:
+        found = _no_forecasts(frame, job)
+    lost = pd.DataFrame(rows, columns=list(_FAILURE_COLUMNS))
+    texts = lost.astype(object).where(lost.notna(), None).map(_text)
+    schema = pa.schema([(name, pa.string()) for name in _FAILURE_COLUMNS])
+    table = pa.Table.from_pandas(texts, schema=schema, preserve_index=False)
+    _write(table, _target(job.out, "failures", part.number))
+    forecasts = pa.Table.from_pandas(found, preserve_index=False)
+    _write(forecasts, _target(job.out, "forecasts", part.number))
+
+
+def _backtest(
+    job: StreamJob, frame: pd.DataFrame, part: Partition
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Forecasts and failures of the series in `frame`."""
     panel = Panel.of(frame[[*_KEYS, *job.columns]])
     inputs = Panel.of(frame[[*_KEYS, *job.inputs]], name="inputs") if job.inputs else None
     run = Run(
@@ -285,13 +326,31 @@ def _write_partition(job: StreamJob, data: None, part: Partition) -> None:
     rows = Rows(part.first, part.stop)
     made = [make_parts(common, own, PartTask(name, rows, numbers)) for name in run.models]
     parts = [one._replace(first=0) for of_model in made for one in of_model]
-    failed = pd.DataFrame(failure_rows(run, parts), columns=list(_FAILURE_COLUMNS))
-    texts = failed.astype(object).where(failed.notna(), None).map(_text)
-    schema = pa.schema([(name, pa.string()) for name in _FAILURE_COLUMNS])
-    lost = pa.Table.from_pandas(texts, schema=schema, preserve_index=False)
-    _write(lost, _target(job.out, "failures", part.number))
-    forecasts = pa.Table.from_pandas(assemble(run, parts), preserve_index=False)
-    _write(forecasts, _target(job.out, "forecasts", part.number))
+    return assemble(run, parts), failure_rows(run, parts)
+
+
+def _unusable(frame: pd.DataFrame, job: StreamJob) -> dict[Any, str]:
+    """Series that no model can be given, and why."""
+    horizon, count, step = (job.options[name] for name in ("horizon", "n_windows", "step"))
+    span = horizon + (count - 1) * (horizon if step is None else step)
+    names = frame["unique_id"]
+    values = frame[[*job.columns, *job.inputs]].to_numpy(dtype=float)
+    infinite = np.isinf(values).any(axis=1)
+    found = {name: "a value is infinite" for name in names[infinite].unique()}
+    lengths = names.groupby(names, observed=True).size()
+    for name, length in lengths[lengths <= span].items():
+        found[name] = f"{length} steps are too few where {span} are held out"
+    return found
+
+
+def _no_forecasts(frame: pd.DataFrame, job: StreamJob) -> pd.DataFrame:
+    """Return the table of forecasts without rows."""
+    none = frame.iloc[:0]
+    names = ["y"]
+    for model in job.options["models"]:
+        names += column_names(model, job.options["level"])
+    head = none[list(_KEYS)].assign(cutoff=none["ds"])
+    return head.assign(**{name: pd.Series(dtype=float) for name in names})
 
 
 def _text(value: Any) -> str | None:

@@ -8,6 +8,9 @@ import numpy as np
 import pandas as pd
 
 from seqdgm.panel import Panel
+from seqdgm.types import check_count
+
+TRUTH_COLUMNS = ("unique_id", "ds", "cutoff", "y")
 
 
 class Window(NamedTuple):
@@ -86,8 +89,7 @@ def cut_windows(
     """
     step = horizon if step is None else step
     for name, value in (("horizon", horizon), ("n_windows", n_windows), ("step", step)):
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+        check_count(name, value)
     span = horizon + (n_windows - 1) * step
     short = np.flatnonzero(panel.lengths <= span)
     if len(short):
