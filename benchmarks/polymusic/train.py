@@ -25,6 +25,7 @@ import numpy as np
 from pianorolls import FILES, Sequences, independent_keys, load, markov_chain, transposed
 
 import seqdgm as sq
+from seqdgm.evaluation.provenance import versions
 from seqdgm.models import lstm_ssm, noisin, srnn, storn, vrnn, zforcing
 
 HERE = Path(__file__).parent
@@ -135,6 +136,7 @@ def train(name: str, data: str, options: argparse.Namespace) -> dict[str, Any]:
         "epochs": report.n_iter,
         "best_epoch": report.best_epoch,
         "messages": report.messages,
+        "versions": versions(),
         "train_hours": report.seconds / 3600,
         "score_hours": (time.perf_counter() - begin) / 3600,
         "negative_log_likelihood": found,
