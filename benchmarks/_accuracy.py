@@ -37,7 +37,8 @@ class Entry:
     are past values, in standardised logarithms, that enter as known inputs: none may be shorter
     than the horizon. Models see the newest `history` steps (default: those of the plan), with
     `shift` added, so that logarithms have no zeros to meet. `centred` series are moved by the mean
-    of their last season and scaled by their mean seasonal step.
+    of their last season and scaled by their mean seasonal step; of vectors with `difference` the
+    steps are modelled, and their forecasts summed.
     """
 
     model: SequenceModel
@@ -48,6 +49,7 @@ class Entry:
     history: int | None = None
     shift: float = 0.0
     centred: bool = False
+    difference: bool = False
 
 
 @dataclass(frozen=True)

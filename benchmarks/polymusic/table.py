@@ -44,7 +44,11 @@ COLUMNS = (
     "particles(100)",
     "published",
     "hours",
+    "training of 1,000",
+    "scoring of 1,000",
 )
+# Pieces that were learned from, in one key, and those of the validation and the test part.
+PIECES = {"jsb": (229, 153), "nottingham": (694, 343)}
 ABOUT = """# Likelihoods on polyphonic music
 
 Negative log-likelihood of the test part in nats per time step, all nats over all steps, the first
@@ -52,8 +56,9 @@ step included; smaller is better. The ELBO is a lower bound of the log-likelihoo
 100 paths; IWAE and the particle filter, of 100 paths each, are estimates that lie nearer to it.
 Weights were chosen by the validation part. "keys" are the keys that each piece of the training
 part was learned in: with more than one it was transposed, which the published figures were not.
-Hours are of training, on a machine of two cores that did other work beside; the settings are in
-`configs/`, curves and all numbers in `results/`.
+Hours are of training, on a machine of two cores that did other work beside, and the same is given
+as seconds for 1,000 pieces, all keys of a piece included, beside the seconds that all scores of
+1,000 pieces take. Settings, curves and all numbers are in `results/`.
 
 """
 
@@ -64,7 +69,7 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for r in sorted(records, key=lambda r: (r["data"], r["name"] != "baselines", r["name"])):
         found = r["negative_log_likelihood"]
         if r["name"] == "baselines":
-            blank = [""] * 5
+            blank = [""] * 7
             for name, value in found.items():
                 out.append([r["data"], name, "", "", "", f"{value:.2f}", *blank])
             continue
@@ -76,7 +81,12 @@ def rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         keys = str(1 + 2 * r["settings"].get("data", {}).get("transpose", 0))
         known = PUBLISHED.get(r["data"], {}).get(r["name"], "")
         head = [r["data"], r["name"], str(r["seed"]), str(r["epochs"]), keys]
-        out.append([*head, *cells, known, f"{r['train_hours']:.2f}"])
+        hours = (r["train_hours"], r["score_hours"])
+        per_1000 = [
+            f"{3.6e6 * spent / count:,.0f} s"
+            for spent, count in zip(hours, PIECES[r["data"]], strict=True)
+        ]
+        out.append([*head, *cells, known, f"{r['train_hours']:.2f}", *per_1000])
     return out
 
 
