@@ -208,3 +208,13 @@ def test_defaults_of_training_are_those_of_the_models() -> None:
         for name, value in model.get_params().items():
             if hasattr(TrainingOptions(), name):
                 assert getattr(TrainingOptions(), name) == value
+
+
+@pytest.mark.parametrize("size", [{"latent_dim": 0}, {"hidden_dim": 2.5}, {"encoder_dim": -1}])
+def test_a_size_that_is_no_count_is_named(size):
+    (name,) = size
+    with pytest.raises(ValueError, match=f"{name}=.* must be a whole number, at least 1"):
+        sq.DMM(**size)
+    if name == "hidden_dim":
+        with pytest.raises(ValueError, match=f"{name}="):
+            sq.RNN(**size)

@@ -27,8 +27,9 @@ from seqdgm.nn.heads import HEADS, check_head_options
 from seqdgm.nn.recurrent import Kind
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
-from seqdgm.types import Inputs
+from seqdgm.types import Inputs, check_count
 
+_SIZES = ("latent_dim", "hidden_dim", "encoder_dim", "feature_dim", "layers")
 MAX_HARMONICS = 6
 INFERENCE_NETWORKS = ("mean-field", "filtering", "smoothing", "bidirectional")
 
@@ -69,7 +70,10 @@ class DeepModel(StateSpaceModel):
         layer_norm: bool,
         **training: float,
     ) -> None:
-        """Store the hyperparameters that all deep models have."""
+        """Store the hyperparameters that all deep models have; sizes must be there already."""
+        for name in _SIZES:
+            if vars(self).get(name) is not None:
+                check_count(name, vars(self)[name])
         if emission not in HEADS:
             raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
         check_head_options(emission, emission_options or {})
