@@ -311,6 +311,7 @@ def write(
                     "history": entry.history,
                     "shift": entry.shift,
                     "centred": entry.centred,
+                    "difference": entry.difference,
                 }
                 for key, entry in plan.entries.items()
             },

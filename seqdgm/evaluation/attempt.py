@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from seqdgm.results import Forecast, LogProb, StatePosterior
 MODEL_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError)
 
 Errors = Literal["record", "raise"]
+R = TypeVar("R")
 
 
 class Failure(NamedTuple):
@@ -90,25 +91,21 @@ def attempt(
                     part = window.select(one.rows)
                     _again(one, part, n_samples, clock, done, failures, errors)
             else:
-                todo = [list(range(window.train.n_series))]
-                while todo:
-                    rows = todo.pop(0)
-                    whole = len(rows) == window.train.n_series
-                    part = window if whole else window.select(rows)
-                    try:
-                        one, forecast = _fit(model, part, rows, n_samples, options, clock)
-                    except MODEL_ERRORS as error:
+                n = window.train.n_series
+
+                def fit(rows: list[int]) -> tuple[Fitted, Forecast]:
+                    part = window if len(rows) == n else window.select(rows)
+                    return _fit(model, part, rows, n_samples, options, clock)
+
+                divide = errors == "record" and separate(model, options)
+                for rows, found in apart(fit, n, divide=divide):
+                    if isinstance(found, Exception):
                         if errors == "raise":
-                            raise
-                        if len(rows) > 1 and separate(model, options):
-                            # Halving finds one bad series among N with log N fits of the others.
-                            half = len(rows) // 2
-                            todo[:0] = [rows[:half], rows[half:]]
-                        else:
-                            failures += _failed(error, rows, whole)
+                            raise found
+                        failures += _failed(found, rows, len(rows) == n)
                         continue
-                    done.append((rows, forecast))
-                    kept.append(one)
+                    done.append((rows, found[1]))
+                    kept.append(found[0])
                 if fitted is not None and kept:
                     fitted[name] = kept
         except MODEL_ERRORS as error:
@@ -116,9 +113,8 @@ def attempt(
             raise
     joined = _joined(done, window) if done else None
     failures += _not_finite(done, failures, window)
-    if joined is None and len(failures) == window.train.n_series > 1:
-        texts = {failure.error for failure in failures}
-        failures = [Failure(None, texts.pop())] if len(texts) == 1 else failures
+    if joined is None:
+        failures = of_all(failures, window.train.n_series)
     return Record(
         name,
         window,
@@ -129,6 +125,35 @@ def attempt(
         tuple(failures),
         tuple(kept),
     )
+
+
+def apart(
+    compute: Callable[[list[int]], R], n: int, *, divide: bool = True
+) -> Iterator[tuple[list[int], R | Exception]]:
+    """Yield `compute` of the positions of n series together, or of parts of them where it fails.
+
+    Halving finds one bad series among N with log N calls for the others. What fails and cannot be
+    divided comes with its error.
+    """
+    todo = [list(range(n))]
+    while todo:
+        rows = todo.pop(0)
+        try:
+            found = compute(rows)
+        except MODEL_ERRORS as error:
+            if divide and len(rows) > 1:
+                half = len(rows) // 2
+                todo[:0] = [rows[:half], rows[half:]]
+            else:
+                yield rows, error
+            continue
+        yield rows, found
+
+
+def of_all(failures: list[Failure], n: int) -> list[Failure]:
+    """One failure of all series where each of n has the same."""
+    texts = {failure.error for failure in failures}
+    return [Failure(None, texts.pop())] if len(failures) == n and len(texts) == 1 else failures
 
 
 class _Clock:

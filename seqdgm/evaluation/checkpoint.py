@@ -94,7 +94,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._digests = dict(models)
         run = self.folder / "run.json"
-        held = _json(run) if run.is_file() else {}
+        held = read_note(run) if run.is_file() else {}
         found = {"data": data, "settings": settings, "models": held.get("models", {}) | models}
         what = [key for key in ("data", "settings") if held.get(key, found[key]) != found[key]]
         what += [
@@ -115,7 +115,7 @@ class Checkpoint:
         note = self._path(model, number, first, "json")
         if not note.is_file():
             return None
-        held = _json(note)
+        held = read_note(note)
         columns, scores, pit, traces = (
             _frame(self._path(model, number, first, name)) for name in _FRAMES
         )
@@ -140,7 +140,8 @@ class Checkpoint:
         return self.folder / (f"{stem}.json" if what == "json" else f"{stem}.{what}.parquet")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_note(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a folder of results; a ValueError with the remedy where it is damaged."""
     try:
         held: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
@@ -156,10 +157,7 @@ def _frame(path: Path) -> pd.DataFrame:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path.name!r} in the cache {str(path.parent)!r} cannot be read ({error}); delete the "
-        "folder to start afresh"
-    )
+    return ValueError(f"{str(path)!r} cannot be read ({error}); delete the folder to start afresh")
 
 
 _FRAMES = ("columns", "scores", "pit", "traces")

@@ -323,13 +323,11 @@ cache, cluster, partition_size
     """
     from seqdgm.datasets import Simulation
 
-    leaderboard.check_choices(test, aggregate)
+    leaderboard.check_choices(test, aggregate, n_samples)
     if isinstance(data, Simulation):
         data, states = data.y, data.states if states is None else states
     panel, horizon, season, defaults = _settings(data, horizon, season)
     check_count("season", season)
-    if n_samples < 2:
-        raise ValueError(f"n_samples={n_samples!r}: the CRPS takes the distance of two draws")
     truth = None if states is None else check_states(states, panel, align)
     named = name_models(default_models(season, horizon, defaults) if models is None else models)
     baseline = _baseline(named, baseline)

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from seqdgm.evaluation import metrics
-from seqdgm.evaluation.attempt import MODEL_ERRORS, Failure, Record
+from seqdgm.evaluation.attempt import MODEL_ERRORS, Failure, Record, apart, of_all
 from seqdgm.evaluation.backtest import Run
 from seqdgm.evaluation.checkpoint import Part, Scored
 from seqdgm.evaluation.significance import diebold_mariano, holm, paired_bootstrap
@@ -37,8 +37,10 @@ def metric_names(level: Sequence[float], n_dims: int) -> list[str]:
     return [*names, "log_score"]
 
 
-def check_choices(test: str, aggregate: str) -> None:
-    """Refuse an unknown test or weighting, before any model is fitted."""
+def check_choices(test: str, aggregate: str, n_samples: int) -> None:
+    """Refuse an unknown test or weighting, and too few draws, before any model is fitted."""
+    if n_samples < 2:
+        raise ValueError(f"n_samples={n_samples!r}: the CRPS takes the distance of two draws")
     for option, value, known in (("test", test, Test), ("aggregate", aggregate, Weights)):
         if value not in get_args(known):
             raise ValueError(f"{option}={value!r} is unknown; choose among {get_args(known)}")
@@ -64,7 +66,7 @@ def score(
         held = window.held_out.values.copy()
         held[[n for n in failed if n is not None]] = np.nan  # or its forecast would be refused
         accuracy, failures = _accuracies(record.forecast, window, held, season, level, n_samples)
-        density, unknown = _apart(lambda rows: _density(record, held, rows), n)
+        density, unknown = _scored(lambda rows: _density(record, held, rows), n)
         values |= accuracy | density
         failures += [failure for failure in unknown if failure not in failures]
     pit = pd.DataFrame({record.model: values.pop("pit").ravel()})
@@ -85,36 +87,25 @@ def _accuracies(
         drawn = Drawn.of(forecast, window, held, level, n_samples)
     except MODEL_ERRORS as error:
         return {}, [Failure(None, f"scoring: {type(error).__name__}: {error}")]
-    return _apart(lambda rows: _accuracy(drawn.take(rows), season, window.seed), len(held))
+    return _scored(lambda rows: _accuracy(drawn.take(rows), season, window.seed), len(held))
 
 
-def _apart(
+def _scored(
     compute: Callable[[list[int]], dict[str, np.ndarray]], n: int
 ) -> tuple[dict[str, np.ndarray], list[Failure]]:
     """Put arrays over the series together, leaving those series out on which `compute` fails."""
     found: dict[str, np.ndarray] = {}
     failures: list[Failure] = []
-    todo = [list(range(n))]
-    while todo:
-        rows = todo.pop(0)
-        try:
-            part = compute(rows)
-        except MODEL_ERRORS as error:
-            if len(rows) > 1:
-                # Halving finds one bad series among N in log N steps.
-                half = len(rows) // 2
-                todo[:0] = [rows[:half], rows[half:]]
-            else:
-                failures.append(Failure(rows[0], f"scoring: {type(error).__name__}: {error}"))
+    for rows, part in apart(compute, n):
+        if isinstance(part, Exception):
+            text = f"scoring: {type(part).__name__}: {part}"
+            failures += [Failure(row, text) for row in rows]
             continue
         for name, value in part.items():
             nothing = None if value.dtype == object else np.nan
             out = found.setdefault(name, np.full((n, *value.shape[1:]), nothing))
             out[rows] = value
-    texts = {failure.error for failure in failures}
-    if len(failures) == n and len(texts) == 1:
-        failures = [Failure(None, texts.pop())]
-    return found, failures
+    return found, of_all(failures, n)
 
 
 class Drawn(NamedTuple):

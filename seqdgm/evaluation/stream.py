@@ -21,8 +21,9 @@ from seqdgm.evaluation.backtest import (
     failure_rows,
     name_models,
 )
-from seqdgm.evaluation.checkpoint import Scored, digest_model, digest_settings
+from seqdgm.evaluation.checkpoint import Scored, digest_model, digest_settings, read_note
 from seqdgm.evaluation.parts import PartTask, Slice, column_names, make_parts
+from seqdgm.evaluation.windows import span_of
 from seqdgm.fitting import separate
 from seqdgm.panel import Panel
 from seqdgm.progress import progress_bar
@@ -331,8 +332,7 @@ def _backtest(
 
 def _unusable(frame: pd.DataFrame, job: StreamJob) -> dict[Any, str]:
     """Series that no model can be given, and why."""
-    horizon, count, step = (job.options[name] for name in ("horizon", "n_windows", "step"))
-    span = horizon + (count - 1) * (horizon if step is None else step)
+    span = span_of(*(job.options[name] for name in ("horizon", "n_windows", "step")))
     names = frame["unique_id"]
     values = frame[[*job.columns, *job.inputs]].to_numpy(dtype=float)
     infinite = np.isinf(values).any(axis=1)
@@ -372,7 +372,7 @@ def _target(folder: Path, name: str, number: int) -> Path:
 
 def _check_run(folder: Path, **digests: Any) -> None:
     note = folder / "run.json"
-    held = json.loads(note.read_text()) if note.is_file() else digests
+    held = read_note(note) if note.is_file() else digests
     differ = [key for key, value in digests.items() if held[key] != value]
     if differ:
         raise ValueError(

@@ -90,7 +90,7 @@ def cut_windows(
     step = horizon if step is None else step
     for name, value in (("horizon", horizon), ("n_windows", n_windows), ("step", step)):
         check_count(name, value)
-    span = horizon + (n_windows - 1) * step
+    span = span_of(horizon, n_windows, step)
     short = np.flatnonzero(panel.lengths <= span)
     if len(short):
         n = short[0]
@@ -109,6 +109,11 @@ def cut_windows(
         own = _window_seed(seed, number, first)
         windows.append(Window(number, train, held_out, known, own, first))
     return windows
+
+
+def span_of(horizon: int, n_windows: int, step: int | None) -> int:
+    """Steps that the windows hold out; a series must have more."""
+    return horizon + (n_windows - 1) * (horizon if step is None else step)
 
 
 def series_name(panel: Panel, n: int, d: int) -> Any:
