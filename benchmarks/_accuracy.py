@@ -20,10 +20,7 @@ from seqdgm.model import SequenceModel
 
 SEED = 0
 LEVEL = 95
-ABOUT_TIMES = (
-    "Wall-clock seconds of one thread, beside so much other work that they are several times those "
-    "of an idle machine."
-)
+ABOUT_TIMES = "Wall-clock times of one thread."
 # The centre of the innermost interval is the median, which is what sMAPE and MASE reward.
 _CENTRE = 1
 

@@ -328,6 +328,8 @@ def _versions() -> dict[str, str]:
 
 def duration(seconds: float) -> str:
     """Seconds for a reader, with three digits."""
+    if seconds >= 7200:
+        return f"{float(f'{seconds / 3600:.3g}'):,g} h"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{float(f'{seconds / size:.3g}'):g} {unit}"

@@ -21,9 +21,10 @@ def describe(record: Mapping[str, Any]) -> str:
     tasks = record.get("tasks", ())
     peers = {row["package"] for task in tasks for row in task["contenders"]}
     shown = sorted(name for name in {*peers, "numpy", "numba", "torch"} if name in versions)
-    spent = "."
+    load = record.get("load_average")
+    spent = "." if load is None else f"; load {load:.1f} at the end."
     if "hours" in record:
-        spent = f"; seed {record['seed']}, {record['hours']:.2g} hours."
+        spent = f"; seed {record['seed']}, {record['hours']:.2g} hours{spent}"
     return (
         f"{record['date']}; {record['cpu']}, {record['cores']} cores; threads: {threads}; Python "
         f"{record['python']}, " + ", ".join(f"{name} {versions[name]}" for name in shown) + spent

@@ -138,8 +138,7 @@ def _fit_whole(draft: M, data: Data, call: FitCall, generator: torch.Generator) 
 
     def attempt(candidate: M, power: Tensor | None) -> tuple[FitReport, Batch]:
         candidate.transform_ = fit_transform(panel, function, scale, pooled=pooled, power=power)
-        values = torch.from_numpy(panel.values.copy())
-        candidate.initialise(candidate.transform_.forward(values).numpy())
+        candidate.initialise(candidate.transform_.of_panel(panel).numpy())
         candidate.to(call.device or "cpu")
         rows = list(range(panel.n_series))
         batch = make_batch(candidate, panel, u, rows, candidate.transform_)

@@ -81,7 +81,12 @@ class Transform:
             power = _along(self.power, x)
             one = torch.where(power > 0, power, 1.0)
             g = torch.where(power > 0, torch.expm1(one * x.log()) / one, x.log())
-        return (g - _along(self.loc, x)) / _along(self.scale, x)
+        return (g - _along(self.loc, x)).div_(_along(self.scale, x))
+
+    def of_panel(self, panel: Panel) -> Float[Tensor, "series time dim"]:
+        """Values of a panel in model units, NaN where there are none; nobody else holds them."""
+        values = torch.from_numpy(panel.values.copy())
+        return values if self.trivial else self.forward(values)
 
     def inverse(self, w: Float[Tensor, "series ... dim"]) -> Float[Tensor, "series ... dim"]:
         r"""Model units to data units.
@@ -283,7 +288,7 @@ def fit_transform(
         base = Transform(power, base.loc, base.scale)
     if scale is None:
         return base
-    values = base.forward(torch.from_numpy(panel.values.copy())).numpy()
+    values = base.of_panel(panel).numpy()
     if scale == "standard":
         axes = (0, 1) if pooled else (1,)
         loc = np.nanmean(values, axis=axes).reshape(-1, dim)

@@ -78,8 +78,7 @@ class Batch:
     ) -> Batch:
         """Move a panel to tensors, transformed to model units."""
         mask = torch.from_numpy(panel.mask.copy())
-        values = torch.from_numpy(panel.values.copy())
-        x = torch.where(mask, transform.forward(values), 0.0)
+        x = transform.of_panel(panel).masked_fill_(~mask, 0.0)
         return cls(
             x.to(device, dtype),
             mask.to(device),
