@@ -336,7 +336,8 @@ def test_a_model_may_be_added_and_the_kinds_do_not_mix(panel, tmp_path):
     pd.testing.assert_series_equal(again.table.loc["m"], both.table.loc["m"], check_exact=True)
     pd.testing.assert_frame_equal(again.scores, both.scores, check_exact=True)
     assert again.failures == both.failures
-    assert set(json.loads((tmp_path / "run.json").read_text())["models"]) == {"m", "weak"}
+    noted = set(json.loads((tmp_path / "run.json").read_text()))
+    assert noted == {"data", "settings", "model 'm'", "model 'weak'"}
     with pytest.raises(ValueError, match="settings differ"):
         backtest(models, panel, 3, seed=0, cache=tmp_path)
 

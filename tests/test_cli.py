@@ -157,7 +157,7 @@ def test_compare_writes_a_report_goes_on_from_a_cache_and_takes_a_test(
         (["--report=out.txt"], "use one of .html"),
         (["--report=nowhere/out.html"], "does not exist"),
         (["--test=t-test"], "'wilcoxon', 'bootstrap'"),
-        ([*kept[:1], "--seed=1"], "holds the parts of another run"),
+        ([*kept[:1], "--seed=1"], "holds the results of another run"),
     ):
         code, out, err = run(*args, *wrong)
         assert (code, out) == (2, "")

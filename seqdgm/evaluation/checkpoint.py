@@ -93,22 +93,8 @@ class Checkpoint:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._digests = dict(models)
-        run = self.folder / "run.json"
-        held = read_note(run) if run.is_file() else {}
-        found = {"data": data, "settings": settings, "models": held.get("models", {}) | models}
-        what = [key for key in ("data", "settings") if held.get(key, found[key]) != found[key]]
-        what += [
-            f"model {name!r}"
-            for name, digest in models.items()
-            if held.get("models", {}).get(name, digest) != digest
-        ]
-        if what:
-            raise ValueError(
-                f"cache {str(self.folder)!r} holds the parts of another run: its "
-                f"{', '.join(what)} differ from those given; name another folder, or delete this "
-                "one to start afresh"
-            )
-        write_whole(run, json.dumps(found, indent=1, sort_keys=True).encode())
+        of_models = {f"model {name!r}": digest for name, digest in models.items()}
+        note_run(self.folder, "cache", {"data": data, "settings": settings, **of_models})
 
     def load(self, model: str, number: int, first: int = 0) -> Part | None:
         """Return a finished part, or None."""
@@ -138,6 +124,26 @@ class Checkpoint:
         stem = f"{self._digests[model][:16]}-{_digest(model)[:8]}-{number:05d}"
         stem += f"-{first:08d}" if first else ""
         return self.folder / (f"{stem}.json" if what == "json" else f"{stem}.{what}.parquet")
+
+
+def note_run(folder: Path, argument: str, digests: Mapping[str, Any]) -> None:
+    """Write down what the results in a folder depend on, beside what is written there already.
+
+    Raises
+    ------
+    ValueError
+        Where one of the digests there is another; `argument` is what the caller named the folder.
+    """
+    path = folder / "run.json"
+    held = read_note(path) if path.is_file() else {}
+    differ = [key for key, digest in digests.items() if held.get(key, digest) != digest]
+    if differ:
+        raise ValueError(
+            f"{argument}={str(folder)!r} holds the results of another run: its "
+            f"{', '.join(differ)} differ from those given; name another folder, or delete this one "
+            "to start afresh"
+        )
+    write_whole(path, json.dumps({**held, **digests}, indent=1, sort_keys=True).encode())
 
 
 def read_note(path: Path) -> dict[str, Any]:

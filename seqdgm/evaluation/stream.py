@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from seqdgm.evaluation.backtest import (
     failure_rows,
     name_models,
 )
-from seqdgm.evaluation.checkpoint import Scored, digest_model, digest_settings, read_note
+from seqdgm.evaluation.checkpoint import Scored, digest_model, digest_settings, note_run
 from seqdgm.evaluation.parts import PartTask, Slice, column_names, make_parts
 from seqdgm.evaluation.windows import span_of
 from seqdgm.fitting import separate
@@ -186,12 +185,12 @@ def backtest_parquet(
     for name in ("forecasts", "failures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     plan = list(_partitions(dataset, partition_size))
-    _check_run(
-        folder,
-        models={name: digest_model(model, known.get(name, {})) for name, model in named.items()},
-        settings=digest_settings(**options, columns=list(columns), inputs=list(inputs)),
-        data=digest_settings(files=_digests(dataset), partition_size=partition_size),
-    )
+    digests = {
+        "models": {name: digest_model(model, known.get(name, {})) for name, model in named.items()},
+        "settings": digest_settings(**options, columns=list(columns), inputs=list(inputs)),
+        "data": digest_settings(files=_digests(dataset), partition_size=partition_size),
+    }
+    note_run(folder, "out", digests)
     todo = [one for one in plan if not _target(folder, "forecasts", one.number).is_file()]
     given = {**options, "models": named, "fit_options": known}
     job = StreamJob(dataset.schema, tuple(columns), tuple(inputs), given, folder)
@@ -368,15 +367,3 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _target(folder: Path, name: str, number: int) -> Path:
     return folder / name / f"part-{number:08d}.parquet"
-
-
-def _check_run(folder: Path, **digests: Any) -> None:
-    note = folder / "run.json"
-    held = read_note(note) if note.is_file() else digests
-    differ = [key for key, value in digests.items() if held[key] != value]
-    if differ:
-        raise ValueError(
-            f"out={str(folder)!r} holds the results of another run: its {', '.join(differ)} differ "
-            "from those given; name another folder, or delete this one to start afresh"
-        )
-    write_whole(note, json.dumps(digests, indent=1, sort_keys=True).encode())
