@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -137,8 +137,9 @@ def matched(
 class Taylor:
     r"""First-order expansion: :math:`a = m(\mu)`, :math:`B = m'(\mu) L`, :math:`CC^T = R(\mu)`.
 
-    The derivatives are forward-mode products with the columns of the root, all in one call with the
-    directions as a leading axis.
+    The Jacobian comes from one reverse pass over as many copies of the points as the vector has
+    elements: copy i gives row i. (Forward mode would want no copies where there are more elements
+    than states, but many of its rules run through Python and take ten times as long.)
 
     Attributes
     ----------
@@ -164,29 +165,51 @@ class Taylor:
         dim: int,
     ) -> Affine:
         """Affine form of a law over vectors of length `dim`."""
-        # Dual numbers must not share memory, as expanded tensors do.
-        directions = root.movedim(-1, 0).contiguous()
-        point = mean.expand(directions.shape).contiguous()
-        joint = False
+        tracked = torch.is_grad_enabled() and _has_gradient(law, mean, dim)
+        with torch.enable_grad():
+            point = mean.expand(dim, *mean.shape)
+            if not (tracked and point.requires_grad):
+                point = point.detach().requires_grad_()
+            value, spread = _moments(law(point), point.shape[:-1], dim)
+            rows = _rows(value, point, tracked=tracked)
+        if not tracked:
+            value, spread = value.detach(), spread._replace(value=spread.value.detach())
+        # Nothing of a law varies along the axis of copies.
+        if spread.value.ndim == point.ndim + int(spread.joint):
+            spread = spread._replace(value=spread.value[0])
+        return _affine(value[0], rows.movedim(0, -2) @ root, spread.root())
 
-        def means(z: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal joint
-            value, spread = _moments(law(z), z.shape[:-1], dim)
-            joint = spread.joint
-            return value, spread.value
 
-        try:
-            found: Any = torch.func.jvp(means, (point,), (directions,), has_aux=True)
-        except NotImplementedError as error:
-            raise ValueError(
-                "the model uses an operation without a forward-mode derivative, which the extended "
-                f"Kalman filter needs; use sigma points (method='ukf'): {error}"
-            ) from error
-        value, slope, spread = found
-        # Nothing of a law varies along the axis of directions but its derivative.
-        if spread.ndim == point.ndim + int(joint):
-            spread = spread[0]
-        return _affine(value[0], slope, _Spread(spread, joint).root())
+def _has_gradient(law: Law, mean: Tensor, dim: int) -> bool:
+    """Whether the point, or else the law there, is part of somebody's graph."""
+    if mean.requires_grad:
+        return True
+    value, spread = _moments(law(mean), mean.shape[:-1], dim)
+    return value.requires_grad or spread.value.requires_grad
+
+
+def _rows(
+    value: Float[Tensor, "dim *batch dim"],
+    point: Float[Tensor, "dim *batch state"],
+    *,
+    tracked: bool,
+) -> Float[Tensor, "dim *batch state"]:
+    """Row i of the Jacobian, from copy i."""
+    if not value.requires_grad:  # the mean does not depend on the state
+        return value.new_zeros(point.shape)
+    dim = value.shape[-1]
+    unit = torch.eye(dim, dtype=value.dtype, device=value.device)
+    unit = unit.view(dim, *[1] * (value.ndim - 2), dim).expand_as(value)
+    try:
+        (rows,) = torch.autograd.grad(
+            value, point, unit, create_graph=tracked, allow_unused=True, materialize_grads=True
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            "the model uses an operation without a derivative, which the extended Kalman filter "
+            f"needs; use sigma points (method='ukf'): {error}"
+        ) from error
+    return rows.to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -258,7 +281,8 @@ class SigmaPoints:
             _, spread = _at_points(law, mean, root, math.sqrt(n), dim)
             weights = [0.0] + [0.5 / n] * (2 * n)
         noise = _average(spread, mean.new_tensor(weights), mean.ndim)
-        made = _affine(centre + total / square, (up - down) / (2 * width), noise)
+        slopes = ((up - down) / (2 * width)).movedim(0, -1)
+        made = _affine(centre + total / square, slopes, noise)
         return made._replace(noise=torch.cat([curved.movedim(0, -1), made.noise], -1))
 
     def _square(self, n: int) -> float:
@@ -277,8 +301,7 @@ class SigmaPoints:
         return square
 
 
-def _affine(mean: Tensor, slopes: Float[Tensor, "state *batch dim"], noise: Tensor) -> Affine:
-    load = slopes.movedim(0, -1)
+def _affine(mean: Tensor, load: Tensor, noise: Tensor) -> Affine:
     return Affine(mean, load, noise.expand(*load.shape[:-1], noise.shape[-1]))
 
 

@@ -1,7 +1,7 @@
 r"""Extended Kalman filter: Gaussian inference with a first-order expansion of the model.
 
 With :math:`m, Q` the mean and covariance of the transition, :math:`h, R` those of the emission and
-:math:`'` a Jacobian (by forward-mode differentiation, so that the model needs no derivative of its
+:math:`'` a Jacobian (by automatic differentiation, so that the model needs no derivative of its
 own),
 
 .. math::
