@@ -284,10 +284,17 @@ class SequenceModel(Description):
         *,
         method: str = "auto",
         n_particles: int = 1000,
+        draw: bool = False,
         seed: Seed = None,
         **options: Any,
     ) -> Any:
         """Fill what was not observed by its posterior mean given everything that was.
+
+        Parameters
+        ----------
+        draw : bool
+            Fill by one joint draw from the posterior instead: values that can occur together, with
+            the spread that the mean hides. Several draws (multiple imputation) take several seeds.
 
         Returns
         -------
@@ -298,16 +305,16 @@ class SequenceModel(Description):
 
         check_count("n_particles", n_particles)
         panel, batch, transform = self._prepare(y, inputs)
-        filled = find_verb(self, method, "impute", options)(
-            self,
-            batch,
-            n_particles=n_particles,
-            generator=make_generator(seed, self.device),
-            **options,
+        generator = make_generator(seed, self.device)
+        found = find_verb(self, method, "impute", options)(
+            self, batch, n_particles=n_particles, generator=generator, **options
         )
-        mean = _numpy(filled.data_mean(transform))
+        if draw:
+            filled = _numpy(found.data_draw(transform, 1, generator)[:, 0])
+        else:
+            filled = _numpy(found.data_mean(transform))
         inside = np.arange(panel.n_steps)[None, :, None] < panel.lengths[:, None, None]
-        values = np.where(panel.mask, panel.values, np.where(inside, mean, np.nan))
+        values = np.where(panel.mask, panel.values, np.where(inside, filled, np.nan))
         given = replace(panel, container="panel") if isinstance(y, Panel) else panel
         return given.restore(values)
 

@@ -128,7 +128,7 @@ def test_steered_particles_equal_their_steps_under_the_same_draws(
     # A memory that sees no observation is unrolled whatever is missing.
     model, batch = built(model, gaps=not model.feedback)
     own, own_gradients = learnt(model, batch, objective)
-    how = Steering(objective.n_particles, objective.threshold, 0.7, objective.resampling_gradients)
+    how = Steering(objective.n_particles, objective.share, 0.7, objective.resampling_gradients)
     seen = []
     unrolled = particles.unrolled
     with monkeypatch.context() as patch:

@@ -66,9 +66,10 @@ def find_verb(
         method = next((name for name in trusted if _takes(_verb(name, verb), options)), trusted[0])
     run = _verb(method, verb) if method in model.engines else None
     if run is None:
+        able = [name for name in model.engines if _verb(name, verb)]
         raise ValueError(
             f"{type(model).__name__}.{verb} has no method {method!r}; choose 'auto' or one of "
-            f"{list(model.engines)}"
+            f"{able}"
         )
     if not _takes(run, options):
         known = sorted(option_names(run) - _GIVEN)

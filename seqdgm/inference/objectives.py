@@ -75,11 +75,11 @@ class Objective:
     name : {"elbo", "iwae", "fivo", "rws"}
     n_particles : int
         Particles of every series.
-    threshold : float
+    threshold : float, optional
         ``"fivo"`` and ``"rws"`` resample a series when its effective sample size falls below this
-        share of the particles: 1 at every step, 0 never.
+        share of the particles: 1 at every step, 0 never; 0.5 by default.
     resampling_gradients : bool
-        For ``"fivo"``: whether the choice of ancestors has a gradient too.
+        For ``"fivo"`` that resamples: whether the choice of ancestors has a gradient too.
     doubly_reparameterised : bool
         For ``"iwae"``: leave the score of the proposal out of the gradient.
     free_bits : float
@@ -99,7 +99,7 @@ class Objective:
 
     name: Name = "elbo"
     n_particles: int = 1
-    threshold: float = 0.5
+    threshold: float | None = None
     resampling_gradients: bool = False
     doubly_reparameterised: bool = False
     free_bits: float = 0.0
@@ -110,8 +110,10 @@ class Objective:
             raise ValueError(f"objective={self.name!r} is unknown; choose one of {get_args(Name)}")
         if self.name == "rws" and self.n_particles < 2:
             raise ValueError("objective='rws' compares particles: n_particles must be at least 2")
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold!r} must lie between 0 and 1")
+        if self.threshold is not None and self.name not in ("fivo", "rws"):
+            raise ValueError(f"threshold goes with 'fivo' and 'rws', not {self.name!r}")
         if not self.free_bits >= 0:
             raise ValueError(f"free_bits={self.free_bits!r} must not be negative")
         for option, owner in (
@@ -121,6 +123,20 @@ class Objective:
         ):
             if getattr(self, option) and self.name != owner:
                 raise ValueError(f"{option} goes with objective={owner!r}, not {self.name!r}")
+        if self.resampling_gradients and not self.resamples:
+            raise ValueError(
+                "resampling_gradients=True needs a threshold above 0 and at least 2 particles"
+            )
+
+    @property
+    def share(self) -> float:
+        """The threshold, or its default."""
+        return 0.5 if self.threshold is None else self.threshold
+
+    @property
+    def resamples(self) -> bool:
+        """Whether particles choose ancestors."""
+        return self.name in ("fivo", "rws") and self.share > 0 and self.n_particles > 1
 
 
 class Terms(NamedTuple):
@@ -175,8 +191,7 @@ def evaluate(
     """
     if objective.name == "elbo" or not model.latent_dim:
         return _elbo(model, batch, objective, beta, generator)[0]
-    never = objective.threshold == 0 or objective.n_particles == 1
-    if objective.name == "iwae" or (objective.name == "fivo" and never):
+    if objective.name == "iwae" or (objective.name == "fivo" and not objective.resamples):
         return _iwae(model, batch, objective, beta, generator)
     return _fivo(model, batch, objective, beta, generator)
 
@@ -370,7 +385,7 @@ def _fivo(
     wake = objective.name == "rws"
     how = Steering(
         objective.n_particles,
-        objective.threshold,
+        objective.share,
         beta,
         independent=objective.resampling_gradients,
         reparameterised=not wake,
@@ -385,7 +400,7 @@ def _fivo(
     if wake:
         parts = [part for part in found[:3] if part is not None]
         # Paths that were never resampled are weighed as a whole.
-        weights = log_weights if objective.threshold else log_weights[:, :, -1:]
+        weights = log_weights if objective.share else log_weights[:, :, -1:]
         value = _with_gradient_of(bound, (weights.detach().exp() * sum(parts)).sum(1))
     elif objective.resampling_gradients:
         value = _with_gradient_of(bound, bound + _scores(swarm, log_weights, bound))

@@ -54,6 +54,7 @@ from seqdgm.inference.particle_score import (
 from seqdgm.inference.proposals import Proposal
 from seqdgm.inference.smc import Reference, SMCOptions
 from seqdgm.inference.training import TrainingOptions
+from seqdgm.inference.updates import groups
 from seqdgm.nn.dropout import thinned
 from seqdgm.results import FitReport
 from seqdgm.types import Batch, check_count, seeded, tree_map
@@ -261,11 +262,8 @@ def fit_networks(
             "trajectories of particle EM do not hold them; impute them first, or use another method"
         )
     at = Coordinates.of(model)
-    optimizer = torch.optim.AdamW(
-        at.parameters.values(),
-        lr=chosen["learning_rate"],
-        weight_decay=chosen["weight_decay"],
-    )
+    decayed = groups(at.parameters.values(), chosen["weight_decay"])
+    optimizer = torch.optim.AdamW(decayed, lr=chosen["learning_rate"])
     scheme = _Scheme(
         at,
         SMCOptions(n_particles, resampler="multinomial", proposal=proposal),
@@ -387,8 +385,8 @@ def _climb(
             norm = nn.utils.clip_grad_norm_(parameters, clip)
             if not bool(torch.isfinite(norm)):
                 raise ValueError(
-                    "the gradient of the M-step was not finite; scale the data or lower "
-                    "learning_rate"
+                    f"the gradient of the M-step by series {list(part.ids)} was not finite; scale "
+                    "the data or lower learning_rate"
                 )
             optimizer.step()
     optimizer.zero_grad()

@@ -280,9 +280,20 @@ def _weigh(
         ratio = _log_prior(model, step.h, u, step.z) - dist.log_prob(step.law, step.z)
         log_w = log_w + how.beta * ratio
     inside = (t < batch.lengths)[:, None]
-    cloud.log_weights, _, cloud.ess = weigh(cloud.log_weights + torch.where(inside, log_w, 0.0))
+    log_w = cloud.log_weights + torch.where(inside, log_w, 0.0)
+    cloud.log_weights, _, cloud.ess = weigh(_drawable(log_w))
     if cloud.x is not None:
         cloud.x = dist.fill_missing(emission, x, mask, generator)
+
+
+def _drawable(
+    log_weights: Float[Tensor, "series particle"],
+) -> Float[Tensor, "series particle"]:
+    """Equal weights in place of those from which nothing can be drawn.
+
+    The loss of such a series is not finite; whoever learns from it stops there and names it.
+    """
+    return torch.where(log_weights.amax(1, keepdim=True).isfinite(), log_weights, 0.0)
 
 
 def _log_prior(
@@ -345,7 +356,7 @@ class _Pilot:
             log_g = dist.log_prob(emission, x, *mask)
             ratio = _log_prior(self.model, h, u, z) - log_q
         how, log_w = self.how, torch.add(log_g.double(), ratio, alpha=self.how.beta)
-        log_w = self.log_weights + log_w.view(-1, how.n_particles)
+        log_w = _drawable(self.log_weights + log_w.view(-1, how.n_particles))
         found = select(log_w, later, how.scheme, how.threshold, self.generator)
         self.log_weights, ancestors, resampled = found
         if ancestors is None or resampled is None:

@@ -108,6 +108,7 @@ class Run:
     identity: dict[str, Any]
     begin: float
     saved: float
+    blamed: Any = None  # a series that the last validation found no finite objective for
 
     @property
     def model(self) -> StateSpaceModel:
@@ -123,7 +124,8 @@ class Run:
     def done(self) -> bool:
         """Whether there is nothing left to do."""
         state, opts = self.state, self.opts
-        waited = state.epoch - 1 - max(state.best_epoch, opts.kl_warmup)
+        warming = opts.kl_warmup if self.model.has_proposal else 0
+        waited = state.epoch - 1 - max(state.best_epoch, warming)
         tired = self.held is not None and waited >= opts.patience
         return bool(state.message) or state.epoch >= opts.max_epochs or tired
 
@@ -177,7 +179,11 @@ def fit(
         if opts.checkpoint is not None:
             _save(run)
     if not math.isfinite(run.state.best_value):
-        raise ValueError(run.state.message or "training gave no finite objective")
+        raise ValueError(
+            run.state.message
+            or f"no epoch gave a finite validation objective (series {run.blamed!r}, the first at "
+            "fault in the last of them); scale the data, or look at what is held out"
+        )
     model.load_state_dict(run.best)
     model.eval()
     return _report(run)
@@ -339,6 +345,9 @@ def _validate(run: Run, held: Held) -> float:
         counted = part.mask.any(-1) & (t[None] >= held.begin[rows, None]) & part.valid
         terms, _ = module(Work(part, target, 1.0, noise))
         value = terms.reconstruction - terms.divergence
+        faults = torch.nonzero(counted & ~value.isfinite())
+        if len(faults):
+            run.blamed = part.ids[int(faults[0, 0])]
         sums += torch.stack([value[counted].double().sum(), counted.sum()])
     module.train()
     total, steps = run.updater.sum(sums).tolist()

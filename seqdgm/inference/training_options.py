@@ -61,7 +61,8 @@ class TrainingOptions:
         Decay of an exponential moving average of the weights, which is then what is validated and
         kept; 0 keeps the weights themselves. Early on the decay is (1 + k) / (10 + k) at update k.
     patience : int
-        Epochs without a better validation objective before training stops.
+        Epochs without a better validation objective before training stops; those in which the
+        divergence is still warmed up do not count.
     valid_fraction : float
         Share of each series, at its end, that is held out to decide when to stop; 0 trains on
         everything for `max_epochs`. Series given to ``fit(..., valid=)`` take its place.
@@ -76,7 +77,8 @@ class TrainingOptions:
     evaluate_every : int
         Epochs from one validation to the next; the last epoch is always validated.
     kl_warmup : int
-        Epochs over which the weight of the divergence rises from 0 to 1.
+        Epochs over which the weight of the divergence rises from 0 to 1; in ``"iwae"``, ``"fivo"``
+        and ``"rws"`` it is the power of f / q in the weights.
     precision : {"32-true", "bf16-mixed", "16-mixed"}
         Arithmetic of training: the model's own, or automatic mixed precision in bfloat16 or
         float16 (with loss scaling). Weights, moments and validation stay in the model's own.
@@ -218,6 +220,10 @@ def read_options(model: StateSpaceModel, method: str, options: dict[str, Any]) -
     if name != "elbo":
         given.setdefault("n_particles", DEFAULT_PARTICLES)
     objective = Objective(name, **{k: v for k, v in given.items() if k in aims})
+    if not model.has_proposal and objective.free_bits:
+        raise ValueError(f"{type(model).__name__} has no divergence; leave out free_bits=")
+    if not model.latent_dim and objective.n_particles > 1:
+        raise ValueError(f"{type(model).__name__} has no latent states; leave out n_particles=")
     rest = {k: v for k, v in given.items() if k not in aims}
     return replace(TrainingOptions(), objective=objective, **rest)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -101,7 +101,7 @@ class Updater:
         # Loss scaling and the fused step both want to unscale the gradient.
         fused = options.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
-            _groups(model, options.weight_decay),
+            groups(model.parameters(), options.weight_decay),
             lr=options.learning_rate,
             betas=options.betas,
             fused=fused,
@@ -219,7 +219,9 @@ class Updater:
         if len(bad):
             own = f"series {batch.ids[int(bad[0, 0])]!r} gave a loss that is not finite"
         found = [self.fabric.broadcast(own, src=k) for k in range(self.options.world)]
-        return next(filter(None, found), "the gradient was not finite")
+        shown = ", ".join(repr(one) for one in batch.ids[:3])
+        more = f" and {len(batch.ids) - 3} more" if len(batch.ids) > 3 else ""
+        return next(filter(None, found), f"the gradient of series {shown}{more} was not finite")
 
     def _follow(self) -> None:
         """Draw the average of the weights towards the new ones."""
@@ -278,11 +280,11 @@ def _together(outcomes: list[Outcome]) -> Outcome:
     )
 
 
-def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = ({"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+def groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Parameters as an optimiser takes them: matrices decay; biases, scales and starts do not."""
+    own = list(parameters)
+    kinds = ([p for p in own if p.ndim == 2], decay), ([p for p in own if p.ndim != 2], 0.0)
+    return [{"params": part, "weight_decay": rate} for part, rate in kinds if part]
 
 
 def _fabric(device: torch.device, options: TrainingOptions) -> tuple[Any, Any]:

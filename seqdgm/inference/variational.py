@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqdgm.inference import smc
-from seqdgm.inference.objectives import Path, along, replicate
+from seqdgm.inference.objectives import Objective, Path, along, replicate
 from seqdgm.inference.scan import Trace, scan
 from seqdgm.inference.smc import SMCOptions
 from seqdgm.nn import distributions as dist
@@ -43,7 +43,7 @@ def log_prob(
     start: Int[Tensor, "series"] | None = None,
     objective: Literal["elbo", "iwae", "fivo"] = "elbo",
     n_replicates: int = 1,
-    threshold: float = 0.5,
+    threshold: float | None = None,
 ) -> Evidence:
     r"""Bounds of the log-likelihood, with the model's own proposal.
 
@@ -58,17 +58,17 @@ def log_prob(
         ``"elbo"`` is a lower bound. The others are logarithms of unbiased estimates of the
         likelihood: without (``"iwae"``) and with (``"fivo"``) resampling.
     n_replicates : int
-        Independent estimates of ``"iwae"`` and ``"fivo"``. The mean of two or more logarithms
+        For ``"iwae"`` and ``"fivo"``: independent estimates. The mean of two or more logarithms
         estimates the lower bound :math:`E \log \hat Z` and is named so; its standard error is that
         of the mean. A single one is named an estimate, with the standard error of Lee and Whiteley
         (2018).
-    threshold : float
-        Of ``"fivo"``: resample below this share of effective particles.
+    threshold : float, optional
+        For ``"fivo"``: resample below this share of effective particles (default 0.5).
 
     Raises
     ------
     ValueError
-        For an unknown objective.
+        For an unknown objective, or an option of another one.
 
     Examples
     --------
@@ -78,6 +78,11 @@ def log_prob(
     'estimate'
     """
     check_count("n_replicates", n_replicates)
+    if objective not in ("elbo", "iwae", "fivo"):
+        raise ValueError(f"objective={objective!r} is unknown; choose 'elbo', 'iwae' or 'fivo'")
+    if objective == "elbo" and n_replicates > 1:
+        raise ValueError("n_replicates goes with 'iwae' and 'fivo'; give 'elbo' more n_particles")
+    aim = Objective(objective, n_particles, threshold)
     first = torch.zeros_like(batch.lengths) if start is None else start
     t = torch.arange(batch.n_steps, device=batch.x.device)
     counted = batch.valid & (t[None] >= first[:, None])
@@ -87,9 +92,7 @@ def log_prob(
             for _, path in _paths(model, batch, n_particles, generator)
         ]
         return _mean(torch.cat(totals, 1))
-    if objective not in ("iwae", "fivo"):
-        raise ValueError(f"objective={objective!r} is unknown; choose 'elbo', 'iwae' or 'fivo'")
-    how = SMCOptions(n_particles, threshold=threshold if objective == "fivo" else 0.0)
+    how = SMCOptions(n_particles, threshold=aim.share if objective == "fivo" else 0.0)
     out = smc.run(model, replicate(batch, n_replicates), how, generator)
     steps = out.increments.unflatten(0, (batch.n_series, n_replicates))
     value = torch.where(counted[:, None], steps, 0.0).sum(2)

@@ -27,6 +27,7 @@ from seqdgm.nn.heads import HEADS, check_head_options
 from seqdgm.nn.recurrent import Kind
 from seqdgm.panel import Panel
 from seqdgm.recursion import StateSpaceModel
+from seqdgm.transform import SCALES
 from seqdgm.types import Inputs, check_count
 
 _SIZES = ("latent_dim", "hidden_dim", "encoder_dim", "feature_dim", "layers")
@@ -74,6 +75,7 @@ class DeepModel(StateSpaceModel):
         for name in _SIZES:
             if vars(self).get(name) is not None:
                 check_count(name, vars(self)[name])
+                setattr(self, name, int(vars(self)[name]))  # torch takes neither 8.0 nor numpy's 8
         if emission not in HEADS:
             raise ValueError(f"unknown emission {emission!r}; choose one of {list(HEADS)}")
         check_head_options(emission, emission_options or {})
@@ -85,7 +87,9 @@ class DeepModel(StateSpaceModel):
             )
         if season is not None and (int(season) != season or season < 2):
             raise ValueError(f"season={season!r} must be a whole number of steps, at least 2")
-        self.season = season
+        if scale not in SCALES:
+            raise ValueError(f"scale={scale!r} is unknown; choose one of {SCALES}")
+        self.season = None if season is None else int(season)
         self.emission_name = emission
         self.emission_options = None
         if emission_options is not None:
@@ -162,7 +166,10 @@ class DeepModel(StateSpaceModel):
     def check_data(self, panel: Panel) -> None:
         """Raise a ValueError for values that the emission cannot produce."""
         super().check_data(panel)
-        if self.transform is None and hasattr(self, "head"):
+        if not hasattr(self, "head"):
+            return
+        self.head.check_missing(panel.mask, panel.ids, panel.index)
+        if self.transform is None:
             self.head.validate(panel.values, panel.ids, panel.columns, panel.index)
 
     def known_dim(self, input_dim: int) -> int:

@@ -65,9 +65,11 @@ def _uniform_noise(shape: torch.Size, like: Tensor, generator: torch.Generator) 
 
 
 def _gamma_noise(shape: torch.Size, concentration: Tensor, generator: torch.Generator) -> Tensor:
+    # The sampler knows no half precision.
+    wide = concentration if concentration.dtype.itemsize > 2 else concentration.float()
     # Small concentrations underflow to 0, which is outside the support.
-    tiny = torch.finfo(concentration.dtype).tiny
-    return torch._standard_gamma(concentration.expand(shape), generator=generator).clamp(min=tiny)
+    tiny = torch.finfo(wide.dtype).tiny
+    return torch._standard_gamma(wide.expand(shape), generator=generator).clamp(min=tiny)
 
 
 def _draw_normal(d: td.Normal, shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -177,7 +177,9 @@ class CouplingFlow(JointDistribution):
             log_det = log_det + change
         return -0.5 * (v.square() + math.log(2 * math.pi)).sum(-1) - log_det
 
-    def _hidden(self, mask: Bool[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
+    @staticmethod
+    def hidden(mask: Bool[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
+        """Missing elements."""
         return (~mask).sum(-1)
 
     def _weighted(

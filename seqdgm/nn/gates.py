@@ -89,11 +89,11 @@ class GatedCell(nn.Module):
         self.recurrent = LoopLinear(hidden_dim, self.gate_dim, bias=kind == "gru")
         for block in self.recurrent.weight.split(hidden_dim):
             nn.init.orthogonal_(block)
-        self.start = nn.Parameter(torch.zeros(2 if kind == "lstm" else 1, hidden_dim))
+        self.start = nn.Parameter(torch.zeros(2 if kind == "lstm" else 1, 1, hidden_dim))
 
     def initial_state(self, batch_shape: Sequence[int]) -> tuple[Tensor, ...]:
         """Learned state before the first step: `(h, c)` for an LSTM, `(h,)` for a GRU."""
-        return tuple(part.expand(*batch_shape, -1) for part in self.start)
+        return tuple(part.expand(*batch_shape, -1) for part in self.start[:, 0])
 
     def forward(
         self, gates: Float[Tensor, "*batch gates"], state: tuple[Tensor, ...]

@@ -130,16 +130,21 @@ class JointDistribution(Distribution):
 
     def _partial(self, mask: Bool[Tensor, "rows dim"], batch: torch.Size) -> Int[Tensor, "some"]:
         places = (mask.any(-1) & ~mask.all(-1)).nonzero()[:, 0]
-        many = self._hidden(mask[places]) > self.max_hidden
+        many = self.hidden(mask[places]) > self.max_hidden
         if many.any():
             row = int(places[many][0])
             place = [int(i) for i in torch.unravel_index(torch.tensor(row), batch)]
-            raise ValueError(
-                f"the vector at batch place {tuple(place)} misses more elements than "
-                f"{type(self).__name__} can integrate out, {self.limit}; mask the whole vector, or "
-                "use an emission of independent columns or a Gaussian one"
-            )
+            raise ValueError(f"at batch place {tuple(place)}: {self.remedy(mask.shape[-1])}")
         return places
+
+    @classmethod
+    def remedy(cls, dim: int) -> str:
+        """What is wrong with a vector that misses too many elements, and what to do."""
+        return (
+            f"the vector of {dim} misses more elements than {cls.__name__} can integrate out, "
+            f"{cls.limit}; mask the whole vector, or use an emission of independent columns or a "
+            "Gaussian one"
+        )
 
     def draw(
         self, shape: torch.Size, generator: torch.Generator
@@ -147,7 +152,8 @@ class JointDistribution(Distribution):
         """Independent draws, with gradients where `has_rsample`."""
         raise NotImplementedError
 
-    def _hidden(self, mask: Bool[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
+    @staticmethod
+    def hidden(mask: Bool[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
         """Number of elements to integrate out in each vector."""
         raise NotImplementedError
 

@@ -198,14 +198,16 @@ class NADE(JointDistribution):
         logits = conditionals(x, *self.tensors, *self.shared)
         return F.logsigmoid(torch.where(x > 0, logits, -logits))
 
-    def _hidden(self, mask: Bool[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
+    @staticmethod
+    def hidden(mask: Bool[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
+        """Missing elements before the last observed one."""
         return (~mask & _up_to_last(mask)).sum(-1)
 
     def _completions(
         self, x: Tensor, mask: Tensor
     ) -> list[tuple[Int[Tensor, "rows"], Tensor, Tensor]]:
         """Rows by number of elements to sum over: all ways to set those, and their log-density."""
-        counts = self._hidden(mask)
+        counts = self.hidden(mask)
         last = _up_to_last(mask)
         out = []
         for m in counts.unique().tolist():

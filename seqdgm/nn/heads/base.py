@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from seqdgm.nn.joint import JointDistribution
+
 
 def inverse_softplus(y: np.ndarray) -> np.ndarray:
     """Number whose softplus is y."""
@@ -39,11 +41,14 @@ class Head(nn.Module):
     ----------
     real_valued : bool
         Whether the data may be scaled and shifted.
+    law : type of JointDistribution, or None
+        Family whose vectors miss only so many elements, where it is one.
     encoded_dim : int
         Length of :meth:`encode`'s result.
     """
 
     real_valued: ClassVar[bool] = True
+    law: ClassVar[type[JointDistribution] | None] = None
     needs: ClassVar[str] = ""
     remedy: ClassVar[str] = ""
 
@@ -114,6 +119,31 @@ class Head(nn.Module):
                 f"series {ids[n]!r}, column {columns[d]!r}, at {index[n][t]}: the value "
                 f"{values[n, t, d]:g} cannot occur under this emission, which needs "
                 f"{self.needs.format(self=self)}; {self.remedy.format(self=self)}"
+            )
+
+    def check_missing(
+        self,
+        mask: Bool[np.ndarray, "series time dim"],
+        ids: Sequence[Hashable],
+        index: Sequence[pd.Index],
+    ) -> None:
+        """Check that no vector misses more elements than the family can integrate out.
+
+        Raises
+        ------
+        ValueError
+            Naming the first series and time stamp at fault, and a remedy.
+        """
+        if self.law is None:
+            return
+        seen = torch.from_numpy(mask.copy())
+        partly = seen.any(-1) & ~seen.all(-1)
+        many = self.law.hidden(seen.flatten(0, 1)).view(partly.shape) > self.law.max_hidden
+        faults = torch.nonzero(partly & many).tolist()
+        if faults:
+            n, t = faults[0]
+            raise ValueError(
+                f"series {ids[n]!r} at {index[n][t]}: {self.law.remedy(mask.shape[-1])}"
             )
 
     def _possible(self, values: np.ndarray) -> np.ndarray:

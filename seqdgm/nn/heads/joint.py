@@ -189,6 +189,7 @@ class NADEHead(Head):
         Units of the chain's hidden layer.
     """
 
+    law: ClassVar[type[NADE]] = NADE
     real_valued: ClassVar[bool] = False
     needs: ClassVar[str] = "0 or 1"
     remedy: ClassVar[str] = "threshold the data, or choose emission='gaussian' or 'poisson'"
@@ -245,6 +246,8 @@ class FlowHead(Head):
     ValueError
         For one column, which has no other half to read.
     """
+
+    law: ClassVar[type[CouplingFlow]] = CouplingFlow
 
     def __init__(
         self,
