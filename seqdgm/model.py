@@ -28,7 +28,7 @@ from seqdgm.transform import Transform
 from seqdgm.types import Batch, States, check_count, draw_seed, make_generator
 
 if TYPE_CHECKING:
-    from seqdgm.inference.online import Online
+    from seqdgm.inference.online import Filter
 
 Seed = int | torch.Generator | None
 
@@ -172,7 +172,8 @@ class SequenceModel(Description):
     ) -> LogProb:
         """Log-likelihood of each series in nats, in the data's own units; see `LogProb`.
 
-        Parameters as in `filter`.
+        Parameters as in `filter`. An estimate draws its random numbers for the whole panel, so that
+        with the same seed a series has another one in other company; exact values do not change.
         """
         from seqdgm.inference import find_verb
 
@@ -340,23 +341,39 @@ class SequenceModel(Description):
         self.data_, self.inputs_ = data, u
         return self
 
-    def online(self, n_series: int | None = None) -> Online:
+    def online(
+        self,
+        n_series: int | None = None,
+        *,
+        n_particles: int = 1000,
+        seed: Seed = None,
+        **options: Any,
+    ) -> Filter:
         """Filter from here on one observation at a time, in constant memory and time.
 
         The object starts from the filtered state of the data the model holds, or from the initial
         state if it holds none. Its ``step(x)`` returns the state given `x` too, and the forecast of
-        the observation after it; see `seqdgm.inference.online.Online`.
+        the observation after it: exactly for linear-Gaussian models
+        (`seqdgm.inference.online.Online`), by particles for all others
+        (`seqdgm.inference.online_particles.OnlineParticles`).
 
         Parameters
         ----------
         n_series : int, optional
             Series to take at a time, for a model without data; default those with parameters of
             their own, else one.
+        n_particles : int
+            Particles of a series, and draws of its forecasts, where there is no exact filter.
+        seed : int or torch.Generator, optional
+            For the particles.
+        **options
+            Of the filter by particles: `window`, and those of ``filter``.
         """
         from seqdgm.inference.online import begin
 
         self._check_ready()
-        return begin(self, n_series)
+        check_count("n_particles", n_particles)
+        return begin(self, n_series, n_particles, seed, options)
 
     def summary(self) -> str:
         """Describe the model and how it was fitted, as text."""

@@ -53,7 +53,7 @@ class Batch:
         Which fitted series each row is, for models that keep parameters series by series.
     ids : tuple
         Names of the series, for error messages.
-    begin : int
+    begin : int, or Tensor of int, shape (series,)
         Number of the first step, where the batch is a window of longer series.
     """
 
@@ -63,7 +63,7 @@ class Batch:
     u: Float[Tensor, "series steps inputs"]
     rows: Int[Tensor, "series"]
     ids: tuple[Any, ...]
-    begin: int = 0
+    begin: int | Int[Tensor, "series"] = 0
 
     @classmethod
     def of(
@@ -128,7 +128,7 @@ class Batch:
             self.u[rows],
             self.rows[rows],
             tuple(self.ids[k] for k in chosen),
-            self.begin,
+            self.begin if isinstance(self.begin, int) else self.begin[rows],
         )
 
     def window(self, begin: int, end: int) -> Batch:
@@ -144,14 +144,15 @@ class Batch:
 
     def inputs_at(self, t: int, extra_axes: int = 0) -> Inputs:
         """Known inputs of one step, with `extra_axes` axes (particles) after the series."""
-        values = self.u[:, t]
+        values, when = self.u[:, t], torch.as_tensor(self.begin + t, device=self.x.device)
         for _ in range(extra_axes):
-            values = values[:, None]
-        return Inputs(values, torch.tensor(self.begin + t, device=self.x.device))
+            values, when = values[:, None], when[..., None] if when.ndim else when
+        return Inputs(values, when)
 
     def inputs_all(self) -> Inputs:
         """Known inputs of all observed steps at once."""
-        t = self.begin + torch.arange(self.n_steps, device=self.x.device)
+        begin = self.begin if isinstance(self.begin, int) else self.begin[:, None]
+        t = begin + torch.arange(self.n_steps, device=self.x.device)
         return Inputs(self.u[:, : self.n_steps], t)
 
 
@@ -303,13 +304,16 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
             used.set_state(state)
 
 
-def tree_map(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply `f` to every tensor of a state: a tensor, None, or a (named) tuple of such."""
+def tree_map(f: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
+    """Apply `f` to every tensor of a state: a tensor, None, or a (named) tuple of such.
+
+    With other states, built equally, `f` takes their tensors beside it.
+    """
     if tree is None:
         return None
     if isinstance(tree, Tensor):
-        return f(tree)
-    mapped = [tree_map(f, leaf) for leaf in tree]
+        return f(tree, *others)
+    mapped = [tree_map(f, *leaves) for leaves in zip(tree, *others, strict=True)]
     return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
 
 

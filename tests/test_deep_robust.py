@@ -187,3 +187,52 @@ def test_starts_of_recurrent_cells_do_not_decay(kind: str) -> None:
     state = cell.initial_state((5, 2))
     assert len(state) == (2 if kind == "lstm" else 1)
     assert all(part.shape == (5, 2, 3) for part in state)
+
+
+# Every emission under every model
+
+EMISSIONS = {
+    "gaussian": "real",
+    "gaussian-full": "real",
+    "gaussian-lowrank": "real",
+    "studentt": "real",
+    "mixture": "real",
+    "flow": "real",
+    "bernoulli": "bits",
+    "nade": "bits",
+    "poisson": "counts",
+    "negbinomial": "counts",
+    "categorical": "codes",
+}
+
+
+def vectors(kind: str) -> np.ndarray:
+    """Two series of three columns (one, of codes), with a missing element and a missing vector."""
+    rng = np.random.default_rng(4)
+    shape = (2, 9, 1 if kind == "codes" else 3)
+    y = {
+        "real": lambda: rng.normal(size=shape),
+        "bits": lambda: (rng.random(shape) < 0.4).astype(float),
+        "counts": lambda: rng.poisson(2.0, shape).astype(float),
+        "codes": lambda: rng.integers(0, 3, shape).astype(float),
+    }[kind]()
+    y[0, 3, 0] = y[1, 5] = np.nan
+    return y
+
+
+@pytest.mark.parametrize("emission", EMISSIONS)
+@pytest.mark.parametrize("model", [*LATENT, sq.Noisin, sq.RNN])
+def test_every_emission_works_under_every_model(model, emission: str) -> None:
+    sizes = SMALL if model in LATENT else {"hidden_dim": 4}
+    y = vectors(EMISSIONS[emission])
+    fitted = model(**sizes, emission=emission, max_epochs=1).fit(y, seed=0)
+    assert np.isfinite(fitted.fit_report_.objective).all()
+    assert np.isfinite(fitted.log_prob(n_particles=5, seed=0).value).all()
+    assert np.isfinite(fitted.forecast(2, n_samples=5, seed=0).mean).all()
+    filled = fitted.impute(y, draw=True, n_particles=5, seed=0)
+    np.testing.assert_array_equal(filled[np.isfinite(y)], y[np.isfinite(y)])
+    state, ahead = fitted.online(n_particles=5, seed=0).step(y[:, 3])
+    assert np.isfinite(state.log_likelihood).all()
+    if emission in ("bernoulli", "nade"):
+        assert set(np.unique(ahead.draws)) <= {0.0, 1.0}
+        assert set(np.unique(filled)) <= {0.0, 1.0}

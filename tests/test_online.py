@@ -228,8 +228,6 @@ def test_bad_steps_change_nothing() -> None:
     same(online.step(20.0)[0].mean, again.step(20.0)[0].mean, 0.0)
     with pytest.raises(ValueError, match="n_series"):
         model.online(n_series=2)
-    with pytest.raises(ValueError, match="RNN has no online"):
-        sq.RNN("gru", 4, max_epochs=1).fit(WALK[:10], seed=0).online()
     with pytest.raises(ValueError, match="not fitted"):
         sq.ARIMA().online()
 

@@ -28,7 +28,9 @@ ENGINES = {
 }
 APPROXIMATE = frozenset({"ekf", "ukf", "abc"})
 # What the verbs themselves pass to an engine.
-_GIVEN = frozenset({"model", "batch", "n_particles", "generator", "horizon", "start"})
+_GIVEN = frozenset(
+    {"model", "batch", "n_particles", "generator", "horizon", "start", "panel", "transform"}
+)
 LEARNERS = {
     "quasi-newton": ("seqdgm.inference.mle", "fit"),
     "order-search": ("seqdgm.inference.order_search", "fit"),

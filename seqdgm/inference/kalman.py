@@ -24,10 +24,12 @@ from torch import Tensor
 
 from seqdgm.kernels import kalman_filter, kalman_smoother
 from seqdgm.kernels.types import System
+from seqdgm.prepare import log_jacobian
 from seqdgm.types import Batch, Diffuse, Evidence, Gaussian, Prediction, States
 
 if TYPE_CHECKING:
     from seqdgm.inference.online import Online
+    from seqdgm.panel import Panel
     from seqdgm.recursion import StateSpaceModel
     from seqdgm.transform import Transform
 
@@ -176,31 +178,34 @@ def online(
     model: StateSpaceModel,
     batch: Batch,
     *,
+    panel: Panel | None,
     transform: Transform,
-    log_jacobian: Float[np.ndarray, "series"],
+    n_particles: int,
+    generator: torch.Generator,
 ) -> Online:
     """Filter the data, which may have no steps, and go on from there one observation at a time."""
-    from seqdgm.inference.online import Online, affine_form
+    from seqdgm.inference.innovations import innovations
+    from seqdgm.inference.online import Intake, Online, affine_form
 
     whole = model.linear_gaussian(batch.u, batch.rows)
-    loglik = log_jacobian
+    loglik = np.zeros(batch.n_series)
     start = whole
-    if batch.n_steps:
+    if panel is not None:
         system = _until(whole, batch.n_steps)
         out = kalman_filter(system, batch.x, batch.mask, batch.lengths, store="last")
         assert out.mean is not None
         assert out.cov is not None
         diffuse = torch.zeros_like(out.cov) if out.cov_inf is None else out.cov_inf
         start = whole._replace(m0=out.mean[:, 0], P0=out.cov[:, 0], Pinf=diffuse[:, 0])
-        loglik = loglik + out.loglik.numpy()
+        loglik = out.loglik.numpy() + log_jacobian(
+            panel, transform, diffuse=lambda: innovations(model, batch).diffuse
+        )
     return Online(
         affine_form(model, batch.rows, batch.u.shape[2]),
         start,
-        transform,
+        Intake(transform, batch.ids, batch.x.shape[2], batch.u.shape[2]),
         loglik,
         batch.lengths.numpy().copy(),
-        batch.ids,
-        batch.u.shape[2],
     )
 
 

@@ -1,13 +1,14 @@
-r"""One observation at a time: the Kalman filter as an object of constant size.
+r"""One observation at a time: filters as objects of constant size.
 
-The matrices of a step come from an affine form, :math:`M_t = M_0 + t M' + \sum_j u_{tj} M^{(j)}`,
-that is read off the model once, so that a step costs the same however many came before it.
+The Kalman filter is here; that by particles is in `seqdgm.inference.online_particles`. The matrices
+of a step come from an affine form, :math:`M_t = M_0 + t M' + \sum_j u_{tj} M^{(j)}`, that is read
+off the model once, so that a step costs the same however many came before it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from seqdgm.kernels.cpu_online import Buffers, filter_arrays, make_buffers
 from seqdgm.kernels.types import System
-from seqdgm.prepare import given_transform, log_jacobian, prepare
+from seqdgm.prepare import given_transform, prepare
 from seqdgm.transform import Transform
-from seqdgm.types import Batch, check_count
+from seqdgm.types import Batch, check_count, make_generator
 
 if TYPE_CHECKING:
     from seqdgm.model import SequenceModel
@@ -63,10 +64,97 @@ class OnlineForecast:
     ----------
     mean, std : ndarray of shape (series, dim)
         Predictive moments; `std` is infinite where the observation is still diffuse.
+    draws : ndarray of shape (series, n, dim), or None
+        Equally likely values, from a filter by particles; the moments are theirs.
     """
 
     mean: Float[Array, "series dim"]
     std: Float[Array, "series dim"]
+    draws: Float[Array, "series n dim"] | None = None
+
+
+class Filter(Protocol):
+    """What ``model.online()`` returns: `Online` or `OnlineParticles`."""
+
+    def step(
+        self, x: Any, inputs: Any = None, next_inputs: Any = None
+    ) -> tuple[OnlineState, OnlineForecast | None]:
+        """Take the next observation of every series."""
+        ...
+
+    def predict(self, inputs: Any = None) -> OnlineForecast:
+        """Forecast the next observation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Intake:
+    """How a step's observations and inputs are read.
+
+    Attributes
+    ----------
+    transform : Transform
+        From data units to model units.
+    ids : tuple
+        Names of the series.
+    n_dims, n_inputs : int
+        Widths of an observation and of the inputs of a step.
+    """
+
+    transform: Transform
+    ids: tuple[Any, ...]
+    n_dims: int
+    n_inputs: int
+
+    def rows(
+        self, name: str, value: Any, width: int
+    ) -> tuple[Float[Array, "series width"], Bool[Array, "series width"]]:
+        """One row a series, and which of it is there; the short forms are for one series."""
+        out = np.asarray(value, dtype=np.float64)
+        n_series = len(self.ids)
+        if n_series == 1 and (out.ndim == 1 or (out.ndim == 0 and width == 1)):
+            out = out.reshape(1, -1)
+        finite = np.isfinite(out)
+        if out.shape != (n_series, width):
+            raise ValueError(
+                f"{name} has shape {np.shape(value)}; give one row of {width} for each of the "
+                f"{n_series} series, {(n_series, width)}"
+            )
+        if not finite.all() and np.isinf(out).any():
+            k, column = np.argwhere(np.isinf(out))[0]
+            raise ValueError(
+                f"series {self.ids[k]!r}: {name} is infinite in column {column}; NaN means not "
+                "observed"
+            )
+        return out, finite
+
+    def known(self, name: str, value: Any) -> Float[Array, "series inputs"]:
+        """Inputs of a step."""
+        if value is None and not self.n_inputs:
+            return np.zeros((len(self.ids), 0))
+        if value is None:
+            raise ValueError(f"the model has {self.n_inputs} inputs; give {name} of the step")
+        out, finite = self.rows(name, value, self.n_inputs)
+        if not finite.all():
+            k = np.argwhere(~finite)[0, 0]
+            raise ValueError(f"series {self.ids[k]!r}: {name} cannot be missing")
+        return out
+
+    def forward(
+        self, x: Float[Array, "series dim"], mask: Bool[Array, "series dim"]
+    ) -> tuple[Float[Array, "series dim"], Float[Array, "series dim"] | float]:
+        """An observation in model units, and the logarithm of the Jacobian of each element."""
+        if self.transform.trivial:
+            return x, 0.0
+        given = torch.from_numpy(np.where(mask, x, 1.0))
+        scaled = self.transform.forward(given).numpy()
+        if not np.isfinite(scaled[mask]).all():
+            k, column = np.argwhere(mask & ~np.isfinite(scaled))[0]
+            raise ValueError(
+                f"series {self.ids[k]!r}: {x[k, column]:g} in column {column} is outside the "
+                "domain of the model's transform; leave the observation out with NaN"
+            )
+        return scaled, self.transform.log_jacobian(given).numpy()
 
 
 class Affine(NamedTuple):
@@ -121,18 +209,15 @@ class Online:
         self,
         affine: dict[str, Affine],
         start: System,
-        transform: Transform,
+        intake: Intake,
         log_likelihood: Float[Array, "series"],
         n_steps: Int[Array, "series"],
-        ids: tuple[Any, ...],
-        n_inputs: int,
     ) -> None:
-        self.n_series, self.n_inputs = len(n_steps), n_inputs
-        self.n_dims = affine["d"].const.shape[-1]
-        self._affine, self._ids = affine, ids
+        self.n_series, self.n_dims = len(n_steps), intake.n_dims
+        self.n_inputs = intake.n_inputs
+        self._affine, self._intake = affine, intake
         self._fixed = {k: f.const[:, None].copy() for k, f in affine.items() if f.fixed}
         self._moving = [k for k, f in affine.items() if not f.fixed]
-        self._transform = None if transform.trivial else transform
         self._start: dict[str, Array] = {
             name: np.array(np.broadcast_to(field, (self.n_series, *field.shape[1:])))
             for name, field in (("m0", start.m0), ("P0", start.P0), ("Pinf", start.Pinf))
@@ -140,7 +225,6 @@ class Online:
         self._diffuse = bool(self._start["Pinf"].any())
         self._log_likelihood, self._n_steps = log_likelihood, n_steps
         self._fresh = not bool(n_steps.any())
-        self._no_inputs = np.zeros((self.n_series, 0))
         self._buffers: dict[tuple[int, bool], Buffers] = {}
 
     def step(
@@ -171,11 +255,11 @@ class Online:
             For an observation or inputs of another shape, or that are not finite; nothing has
             changed then.
         """
-        value, mask = self._rows("x", x, self.n_dims)
-        scaled, jacobian = self._forward(value, mask)
-        steps = [self._known("inputs", inputs)]
+        value, mask = self._intake.rows("x", x, self.n_dims)
+        scaled, jacobian = self._intake.forward(value, mask)
+        steps = [self._intake.known("inputs", inputs)]
         if not self.n_inputs or next_inputs is not None:
-            steps.append(self._known("next_inputs", next_inputs))
+            steps.append(self._intake.known("next_inputs", next_inputs))
         loglik, states, density = self._run(scaled, mask, steps)
         mean, cov, cov_inf = states[0]
         jacobian = np.where(density, jacobian, 0.0).sum(1)
@@ -192,7 +276,7 @@ class Online:
 
     def predict(self, inputs: Any = None) -> OnlineForecast:
         """Forecast the next observation, given its inputs if the model has any."""
-        u = self._known("inputs", inputs)
+        u = self._intake.known("inputs", inputs)
         nothing = np.zeros((self.n_series, self.n_dims))
         _, states, _ = self._run(nothing, nothing.astype(bool), [u])
         return self._forecast(states[0], u)
@@ -240,63 +324,17 @@ class Online:
         variance = ((H @ cov) * H).sum(-1) + R.diagonal(0, 1, 2)
         if self._diffuse:
             variance = np.where(((H @ cov_inf) * H).sum(-1) > 0, np.inf, variance)
-        if self._transform is None:
+        transform = self._intake.transform
+        if transform.trivial:
             return OnlineForecast(level, np.sqrt(variance))
         a, b = torch.from_numpy(level), torch.from_numpy(variance)
-        spread = self._transform.inverse_variance(a, b).numpy()
-        return OnlineForecast(self._transform.inverse_mean(a, b).numpy(), np.sqrt(spread))
-
-    def _rows(
-        self, name: str, value: Any, width: int
-    ) -> tuple[Float[Array, "series width"], Bool[Array, "series width"]]:
-        """One row a series, and which of it is there; the short forms are for one series."""
-        out = np.asarray(value, dtype=np.float64)
-        if self.n_series == 1 and (out.ndim == 1 or (out.ndim == 0 and width == 1)):
-            out = out.reshape(1, -1)
-        finite = np.isfinite(out)
-        if out.shape != (self.n_series, width):
-            raise ValueError(
-                f"{name} has shape {np.shape(value)}; give one row of {width} for each of the "
-                f"{self.n_series} series, {(self.n_series, width)}"
-            )
-        if not finite.all() and np.isinf(out).any():
-            k, column = np.argwhere(np.isinf(out))[0]
-            raise ValueError(
-                f"series {self._ids[k]!r}: {name} is infinite in column {column}; NaN means not "
-                "observed"
-            )
-        return out, finite
-
-    def _known(self, name: str, value: Any) -> Float[Array, "series inputs"]:
-        """Inputs of a step."""
-        if value is None and not self.n_inputs:
-            return self._no_inputs
-        if value is None:
-            raise ValueError(f"the model has {self.n_inputs} inputs; give {name} of the step")
-        out, finite = self._rows(name, value, self.n_inputs)
-        if not finite.all():
-            k = np.argwhere(~finite)[0, 0]
-            raise ValueError(f"series {self._ids[k]!r}: {name} cannot be missing")
-        return out
-
-    def _forward(
-        self, x: Float[Array, "series dim"], mask: Bool[Array, "series dim"]
-    ) -> tuple[Float[Array, "series dim"], Float[Array, "series dim"] | float]:
-        """An observation in model units, and the logarithm of the Jacobian of each element."""
-        if self._transform is None:
-            return x, 0.0
-        given = torch.from_numpy(np.where(mask, x, 1.0))
-        scaled = self._transform.forward(given).numpy()
-        if not np.isfinite(scaled[mask]).all():
-            k, column = np.argwhere(mask & ~np.isfinite(scaled))[0]
-            raise ValueError(
-                f"series {self._ids[k]!r}: {x[k, column]:g} in column {column} is outside the "
-                "domain of the model's transform; leave the observation out with NaN"
-            )
-        return scaled, self._transform.log_jacobian(given).numpy()
+        spread = transform.inverse_variance(a, b).numpy()
+        return OnlineForecast(transform.inverse_mean(a, b).numpy(), np.sqrt(spread))
 
 
-def begin(model: SequenceModel, n_series: int | None) -> Online:
+def begin(
+    model: SequenceModel, n_series: int | None, n_particles: int, seed: Any, options: dict[str, Any]
+) -> Filter:
     """Where a model's data end, or before any data, the object that takes the next observation.
 
     Raises
@@ -305,21 +343,26 @@ def begin(model: SequenceModel, n_series: int | None) -> Online:
         If no engine of the model offers it, or `n_series` is not the number of series it holds.
     """
     from seqdgm.inference import find_verb
-    from seqdgm.inference.innovations import innovations
 
-    start_online = find_verb(model, "auto", "online", ())
+    start_online = find_verb(model, "auto", "online", options)
     if model.data_ is None:
+        panel = None
         batch, transform = _before_data(model, n_series)
-        jacobian = np.zeros(batch.n_series)
     else:
         panel, batch, transform = prepare(model, None, None)
-        given: Any = model
-        jacobian = log_jacobian(panel, transform, diffuse=lambda: innovations(given, batch).diffuse)
     if n_series not in (None, batch.n_series):
         raise ValueError(
             f"n_series={n_series!r}, but the model has {batch.n_series} series; leave it out"
         )
-    online: Online = start_online(model, batch, transform=transform, log_jacobian=jacobian)
+    online: Filter = start_online(
+        model,
+        batch,
+        panel=panel,
+        transform=transform,
+        n_particles=n_particles,
+        generator=make_generator(seed, model.device),
+        **options,
+    )
     return online
 
 
@@ -330,12 +373,13 @@ def _before_data(model: SequenceModel, n_series: int | None) -> tuple[Batch, Tra
     check_count("n_series", n)
     dim, width = model.obs_dim_ or 1, model.input_width() or 0
     rows = list(range(n)) if own is not None else [0] * n
+    where: Any = {"dtype": model.dtype, "device": model.device}
     batch = Batch(
-        x=torch.zeros(n, 0, dim, dtype=torch.float64),
-        mask=torch.zeros(n, 0, dim, dtype=torch.bool),
-        lengths=torch.zeros(n, dtype=torch.int64),
-        u=torch.zeros(n, 1, width, dtype=torch.float64),
-        rows=torch.tensor(rows),
+        x=torch.zeros(n, 0, dim, **where),
+        mask=torch.zeros(n, 0, dim, dtype=torch.bool, device=model.device),
+        lengths=torch.zeros(n, dtype=torch.int64, device=model.device),
+        u=torch.zeros(n, 1, width, **where),
+        rows=torch.tensor(rows, device=model.device),
         ids=own or tuple(range(n)),
     )
     return batch, (model.transform_ or given_transform(model, dim)).select(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -17,10 +18,14 @@ from seqdgm.inference.scan import Piece, Trace, scan
 from seqdgm.inference.smc import Lookahead, SMCOptions, Step, Weigh
 from seqdgm.inference.smoothing import Smoother, Trajectories, mean_and_cov, trajectories
 from seqdgm.nn import distributions as dist
+from seqdgm.prepare import log_jacobian
 from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States, check_count, tree_map
 
 if TYPE_CHECKING:
+    from seqdgm.inference.online_particles import OnlineParticles
+    from seqdgm.panel import Panel
     from seqdgm.recursion import StateSpaceModel
+    from seqdgm.transform import Transform
 
 
 N_TRAJECTORIES = 200  # smoothed trajectories behind the moments of smooth and impute
@@ -225,7 +230,7 @@ def _forecast_from_memory(
         for values, t in zip(u.unbind(1), (batch.begin + when).unbind(1), strict=True)
     ]
     shape = (batch.n_series, n)
-    drawn, memories = _run_on(
+    drawn, memories = run_on(
         model, tree_map(at_end, trace.s), at_end(batch.x), known, shape, generator
     )
     value = torch.stack([model.report(h, z).double() for h, z in memories], 2)
@@ -236,6 +241,32 @@ def _forecast_from_memory(
 
     states = States(*mean_and_cov(value), log_likelihood, draw=draw)
     return Prediction(Samples(torch.stack(drawn, 2)), states)
+
+
+def online(
+    model: StateSpaceModel,
+    batch: Batch,
+    *,
+    panel: Panel | None,
+    transform: Transform,
+    n_particles: int,
+    generator: torch.Generator,
+    window: int = 32,
+    **options: Unpack[FilterOptions],
+) -> OnlineParticles:
+    """Filter the data, which may have no steps, and go on from there one observation at a time.
+
+    A learned proposal reads the last `window` observations.
+    """
+    from seqdgm.inference.online import Intake
+    from seqdgm.inference.online_particles import Setting, begin
+
+    if int(window) != window or window < 2:
+        raise ValueError(f"window={window!r} must be a whole number of steps, at least 2")
+    intake = Intake(transform, batch.ids, batch.x.shape[2], batch.u.shape[2])
+    setting = Setting(model, intake, SMCOptions(n_particles, **options), generator, int(window))
+    none = np.zeros(batch.n_series)
+    return begin(setting, batch, none if panel is None else log_jacobian(panel, transform))
 
 
 def sample(
@@ -264,11 +295,11 @@ def simulate(
             )
         x = u.new_zeros(*shape, model.obs_dim_)
     known = [Inputs(v, torch.tensor(t, device=u.device)) for t, v in enumerate(u.unbind(-2))]
-    drawn, _ = _run_on(model, model.start(shape), x, known, shape, generator)
+    drawn, _ = run_on(model, model.start(shape), x, known, shape, generator)
     return torch.stack(drawn, -2)
 
 
-def _run_on(
+def run_on(
     model: StateSpaceModel,
     s: Any,
     x: Tensor | None,

@@ -243,7 +243,10 @@ class _Facts(NamedTuple):
     @classmethod
     def of(cls, batch: Batch, span: slice) -> Iterator[_Facts]:
         valid, mask, known = batch.valid[:, span], batch.mask[:, span], batch.inputs_all()
-        values, when = known.values[:, span].unsqueeze(2).unbind(1), known.t[span].unbind()
+        values = known.values[:, span].unsqueeze(2).unbind(1)
+        # Numbers of the steps, of all series or of each.
+        each = known.t.ndim == 2
+        when = known.t[:, span].unsqueeze(2).unbind(1) if each else known.t[span].unbind()
         columns = (
             batch.x[:, span].unsqueeze(2).unbind(1),
             mask.unsqueeze(2).unbind(1),
@@ -489,8 +492,9 @@ def _check(cloud: Cloud, batch: Batch, t: int, collapse: Literal["raise", "zero"
     places = torch.nonzero(bad)
     if len(places):
         k = int(places[0, 0])
+        step = t + (batch.begin if isinstance(batch.begin, int) else int(batch.begin[k]))
         raise ValueError(
-            f"series {batch.ids[k]!r}, step {t}: every particle has weight zero or a weight that "
-            "is not a number; the observation is impossible under the model, or the model "
+            f"series {batch.ids[k]!r}, step {step}: every particle has weight zero or a weight "
+            "that is not a number; the observation is impossible under the model, or the model "
             "returned NaN: check the observation, use a heavier-tailed emission or more particles"
         )
