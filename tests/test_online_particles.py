@@ -260,11 +260,49 @@ def test_seeds_decide_and_the_model_stays() -> None:
     assert model.data_ is held
 
 
-def test_models_with_several_engines_step_too() -> None:
-    y = sq.StochasticVolatility(mu=-1.0, rho=0.9, sigma=0.3).sample(30, seed=0).values[0, :, 0]
+def test_other_models_step_too() -> None:
     model = sq.StochasticVolatility(mu=-1.0, rho=0.9, sigma=0.3)
+    y = model.sample(30, seed=0).values[0, :, 0]
     online = model.online(n_particles=200, seed=0)
     for x in y:
         state, forecast = online.step(x)
     assert np.isfinite(state.log_likelihood).all()
     assert forecast.draws.shape == (1, 200, 1)
+
+
+def switching() -> sq.SwitchingLinearSSM:
+    """A quick and a slow regime."""
+
+    def of(quick: float, slow: float) -> np.ndarray:
+        return np.array([[[quick]], [[slow]]])
+
+    return sq.SwitchingLinearSSM(
+        Pi=[[0.9, 0.1], [0.1, 0.9]],
+        F=of(0.2, 0.9),
+        H=of(1.0, 1.0),
+        Q=of(1.0, 0.1),
+        R=of(0.5, 0.5),
+        m0=np.zeros((2, 1)),
+        P0=of(1.0, 1.0),
+    )
+
+
+def test_the_part_that_is_exact_given_the_rest_stays_exact() -> None:
+    y = switching().sample(25, seed=0).values[0, :, 0].copy()
+    y[[4, 24]] = np.nan
+    found: dict[str, list[list[float]]] = {"all": [], "online": []}
+    for seed in range(20):
+        whole = switching().filter(y, n_particles=300, seed=seed)
+        ahead = switching().forecast(1, y, n_samples=300, seed=seed)
+        std = ahead.sample(300).std()
+        moments = [whole.mean[0, -1, 0], whole.cov[0, -1, 0, 0], whole.mean[0, -1, 1]]
+        found["all"].append([*moments, whole.log_likelihood[0], ahead.mean.item(), std])
+        online = switching().online(n_particles=300, seed=100 + seed)
+        for x in y:
+            state, forecast = online.step(x)
+        moments = [state.mean[0, 0], state.cov[0, 0, 0], state.mean[0, 1]]
+        found["online"].append([*moments, state.log_likelihood[0]])
+        found["online"][-1] += [forecast.mean.item(), forecast.std.item()]
+    a, b = (np.array(runs) for runs in found.values())
+    stderr = np.sqrt((a.var(0, ddof=1) + b.var(0, ddof=1)) / 20)
+    assert (np.abs(a.mean(0) - b.mean(0)) < 5 * stderr).all()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,12 @@ from torch import Tensor
 from seqdgm.inference import smc
 from seqdgm.inference.history import draw_particles
 from seqdgm.inference.online import Intake, OnlineForecast, OnlineState
-from seqdgm.inference.particle import Moments, run_on
+from seqdgm.inference.particle import run_on
 from seqdgm.inference.resampling import effective_sample_size, gather
-from seqdgm.inference.smc import Cloud, SMCOptions, Step
+from seqdgm.inference.smc import Cloud, Collector, SMCOptions, Step
 from seqdgm.panel import Panel
+from seqdgm.prepare import log_jacobian
+from seqdgm.transform import Transform
 from seqdgm.types import Batch, Inputs, tree_map
 
 if TYPE_CHECKING:
@@ -74,6 +77,14 @@ class Ends:
         self.end = found if self.end is None else tree_map(newer, found, self.end)
 
 
+class Reporting(Collector, Protocol):
+    """A collector of the mean and covariance of what a model reports, at every step."""
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Means (series, time, state) and covariances (series, time, state, state)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Setting:
     """What stays the same from step to step.
@@ -87,6 +98,8 @@ class Setting:
     generator : torch.Generator
     window : int
         Observations that a learned proposal reads.
+    collector : callable
+        Makes the collector of the state's moments, of a model and a batch.
     """
 
     model: StateSpaceModel
@@ -94,6 +107,7 @@ class Setting:
     options: SMCOptions
     generator: torch.Generator
     window: int
+    collector: Callable[[Any, Batch], Reporting]
 
 
 class OnlineParticles:
@@ -207,7 +221,7 @@ class OnlineParticles:
         held = 1 if self._end is None else self._end.log_weights.shape[1]
         count = options.n_particles if drawing else held
         cloud = None if self._end is None else self._end.cloud(window.n_steps - 1, count)
-        moments = Moments(model)
+        moments = self._setting.collector(model, window)
         out = smc.run(
             model,
             window,
@@ -236,25 +250,38 @@ class OnlineParticles:
         return OnlineForecast(draws.mean(1), draws.std(1), draws)
 
 
-def begin(setting: Setting, batch: Batch, log_jacobian: Float[Array, "series"]) -> OnlineParticles:
-    """Filter the data, which may have no steps, and go on from there."""
-    end, log_likelihood = None, log_jacobian
-    if batch.n_steps:
-        model = setting.model
+def begin(
+    model: StateSpaceModel,
+    batch: Batch,
+    panel: Panel | None,
+    transform: Transform,
+    options: SMCOptions,
+    generator: torch.Generator,
+    window: int,
+    collector: Callable[[Any, Batch], Reporting],
+) -> OnlineParticles:
+    """Filter the data, of which there may be none, and go on from there; see `Setting`.
+
+    Raises
+    ------
+    ValueError
+        For a window that is not a whole number, at least 2.
+    """
+    if int(window) != window or window < 2:
+        raise ValueError(f"window={window!r} must be a whole number of steps, at least 2")
+    intake = Intake(transform, batch.ids, batch.x.shape[2], batch.u.shape[2])
+    setting = Setting(model, intake, options, generator, int(window), collector)
+    end, log_likelihood = None, np.zeros(batch.n_series)
+    if panel is not None:
         exact = model.latent_dim == 0 and (batch.complete or not model.feedback)
-        options = replace(setting.options, n_particles=1) if exact else setting.options
+        how = replace(options, n_particles=1) if exact else options
         ends = Ends(batch.lengths, feedback=model.feedback)
-        out = smc.run(model, batch, options, setting.generator, (ends,))
+        out = smc.run(model, batch, how, generator, (ends,))
         end = ends.end
         value = torch.where(batch.valid, out.increments, 0.0).sum(1)
-        log_likelihood = log_likelihood + value.cpu().numpy()
-    return OnlineParticles(
-        setting,
-        _last(batch, setting.window - 1),
-        end,
-        log_likelihood,
-        batch.lengths.cpu().numpy().copy(),
-    )
+        log_likelihood = value.cpu().numpy() + log_jacobian(panel, transform)
+    steps = batch.lengths.cpu().numpy().copy()
+    return OnlineParticles(setting, _last(batch, setting.window - 1), end, log_likelihood, steps)
 
 
 def _last(batch: Batch, steps: int) -> Batch:

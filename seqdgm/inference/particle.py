@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,7 +17,6 @@ from seqdgm.inference.scan import Piece, Trace, scan
 from seqdgm.inference.smc import Lookahead, SMCOptions, Step, Weigh
 from seqdgm.inference.smoothing import Smoother, Trajectories, mean_and_cov, trajectories
 from seqdgm.nn import distributions as dist
-from seqdgm.prepare import log_jacobian
 from seqdgm.types import Batch, Evidence, Inputs, Prediction, Samples, States, check_count, tree_map
 
 if TYPE_CHECKING:
@@ -258,15 +256,12 @@ def online(
 
     A learned proposal reads the last `window` observations.
     """
-    from seqdgm.inference.online import Intake
-    from seqdgm.inference.online_particles import Setting, begin
+    from seqdgm.inference.online_particles import begin
 
-    if int(window) != window or window < 2:
-        raise ValueError(f"window={window!r} must be a whole number of steps, at least 2")
-    intake = Intake(transform, batch.ids, batch.x.shape[2], batch.u.shape[2])
-    setting = Setting(model, intake, SMCOptions(n_particles, **options), generator, int(window))
-    none = np.zeros(batch.n_series)
-    return begin(setting, batch, none if panel is None else log_jacobian(panel, transform))
+    how = SMCOptions(n_particles, **options)
+    return begin(
+        model, batch, panel, transform, how, generator, window, lambda model, _: Moments(model)
+    )
 
 
 def sample(

@@ -30,7 +30,10 @@ from seqdgm.nn import distributions as dist
 from seqdgm.types import Batch, Inputs, Prediction, Samples, States
 
 if TYPE_CHECKING:
+    from seqdgm.inference.online_particles import OnlineParticles
     from seqdgm.models._conditionally_linear import ConditionallyLinearSSM, Linear
+    from seqdgm.panel import Panel
+    from seqdgm.transform import Transform
 
 N_TRAJECTORIES = 200  # paths of z behind the moments of smooth and impute
 
@@ -53,16 +56,19 @@ class _Mixtures:
 
     def __init__(self, model: ConditionallyLinearSSM, batch: Batch) -> None:
         self._model, self._x = model, _unfilled(batch)
-        self.mean: list[Tensor] = []
-        self.cov: list[Tensor] = []
+        self._mean: list[Tensor] = []
+        self._cov: list[Tensor] = []
 
     def update(self, step: Step) -> None:
         now = self._model.updated(step.s, self._x[:, step.t, None])
         value = torch.cat([now.mean, self._model.indicators(now.z)], -1)
         mean, cov = mixture(value, now.cov, step.log_weights.exp())
         outside = ~step.active[:, None]
-        self.mean.append(mean.masked_fill(outside, torch.nan))
-        self.cov.append(cov.masked_fill(outside[..., None], torch.nan))
+        self._mean.append(mean.masked_fill(outside, torch.nan))
+        self._cov.append(cov.masked_fill(outside[..., None], torch.nan))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return torch.stack(self._mean, 1), torch.stack(self._cov, 1)
 
 
 class _History:
@@ -109,8 +115,24 @@ def filter(
     collector = _Mixtures(model, batch)
     out = smc.run(model, batch, SMCOptions(n_particles, **options), generator, (collector,))
     ess = out.ess.masked_fill(~batch.valid, torch.nan)
-    mean, cov = torch.stack(collector.mean, 1), torch.stack(collector.cov, 1)
-    return States(mean, cov, out.increments.sum(1), ess=ess)
+    return States(*collector.result(), out.increments.sum(1), ess=ess)
+
+
+def online(
+    model: ConditionallyLinearSSM,
+    batch: Batch,
+    *,
+    panel: Panel | None,
+    transform: Transform,
+    n_particles: int,
+    generator: torch.Generator,
+    **options: Unpack[FilterOptions],
+) -> OnlineParticles:
+    """Filter the data, which may have no steps, and go on from there one observation at a time."""
+    from seqdgm.inference.online_particles import begin
+
+    how = SMCOptions(n_particles, **options)
+    return begin(model, batch, panel, transform, how, generator, 2, _Mixtures)
 
 
 def smooth(
