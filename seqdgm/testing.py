@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from seqdgm.inference import offers
 from seqdgm.model import SequenceModel
 from seqdgm.panel import Panel
 from seqdgm.serialize import load
@@ -274,6 +275,28 @@ def _continuation(case: _Case, steps: int) -> Any:
     return pd.DataFrame(values, index, columns=[f"y{k}" for k in range(values.shape[1])])
 
 
+def _online(case: _Case) -> None:
+    if not offers(case.model, "online"):
+        return
+    steps, dim = case.values.shape
+    longer = np.concatenate([case.values, case.values[-1:]])
+    first, again = (case.model.online(n_particles=PARTICLES, seed=1) for _ in range(2))
+    state, ahead = first.step(longer[-1])
+    _same(again.step(longer[-1])[0].mean, state.mean, "an online step with the same seed")
+    assert state.n_steps.tolist() == [steps + 1], f"{state.n_steps} steps after {steps} and one"
+    assert ahead is not None, "a step without inputs gave no forecast"
+    assert ahead.mean.shape == (1, dim), f"the next forecast has shape {ahead.mean.shape}"
+    whole = case.model.log_prob(longer, n_particles=PARTICLES, seed=0)
+    if whole.kind == "exact":
+        _same(state.log_likelihood, whole.value, "likelihood step by step and at once", 1e-5)
+    blank, later = first.step(np.full(dim, np.nan))
+    assert np.isfinite(blank.mean).all(), "the state after a missing observation is not finite"
+    assert later is not None, "a step without inputs gave no forecast"
+    assert np.isfinite(later.mean).all(), "the forecast after a missing observation is not finite"
+    assert case.model.data_ is not None, "going online took the model's data"
+    assert case.model.data_.n_steps == steps, "going online changed the model's data"
+
+
 def _bad_input(case: _Case) -> None:
     before = case.model.forecast(HORIZON, n_samples=PARTICLES, seed=0).mean
     infinite = case.values.copy()
@@ -334,6 +357,7 @@ CHECKS: dict[str, Callable[[_Case], None]] = {
     "ragged panel": _ragged,
     "save and load": _save,
     "update": _update,
+    "online": _online,
     "bad input": _bad_input,
     "hyperparameters": _params,
     "containers": _containers,
