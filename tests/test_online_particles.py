@@ -235,6 +235,18 @@ def test_bad_steps_change_nothing() -> None:
         sq.VRNN().online()
 
 
+def test_the_width_of_a_model_that_was_written_down_is_that_of_its_emission() -> None:
+    class Pair(Walk):
+        def emission(self, z, u):
+            return Normal(z.expand(*z.shape[:-1], 2), 1.0)
+
+    online = Pair().online(n_series=3, n_particles=20, seed=0)
+    assert (online.n_series, online.n_dims) == (3, 2)
+    state, forecast = online.step(np.zeros((3, 2)))
+    assert state.mean.shape == (3, 1)
+    assert forecast.mean.shape == (3, 2)
+
+
 def test_an_impossible_observation_names_its_step() -> None:
     class Sure(Walk):
         def emission(self, z, u):

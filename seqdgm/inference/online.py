@@ -368,18 +368,26 @@ def begin(
 
 def _before_data(model: SequenceModel, n_series: int | None) -> tuple[Batch, Transform]:
     """A batch without steps."""
+    from seqdgm.inference import find_verb
+
     own = model.fitted_ids()
     n = len(own) if own is not None else 1 if n_series is None else n_series
     check_count("n_series", n)
-    dim, width = model.obs_dim_ or 1, model.input_width() or 0
     rows = list(range(n)) if own is not None else [0] * n
     where: Any = {"dtype": model.dtype, "device": model.device}
+    u = torch.zeros(n, 1, model.input_width() or 0, **where)
+    places = torch.tensor(rows, device=model.device)
+    dim = model.obs_dim_
+    if dim is None:
+        # Only the emission of a model that was written down knows the width of its observations.
+        seen = find_verb(model, "auto", "sample", ())
+        dim = seen(model, u, places, make_generator(0, model.device)).shape[-1]
     batch = Batch(
         x=torch.zeros(n, 0, dim, **where),
         mask=torch.zeros(n, 0, dim, dtype=torch.bool, device=model.device),
         lengths=torch.zeros(n, dtype=torch.int64, device=model.device),
-        u=torch.zeros(n, 1, width, **where),
-        rows=torch.tensor(rows, device=model.device),
+        u=u,
+        rows=places,
         ids=own or tuple(range(n)),
     )
     return batch, (model.transform_ or given_transform(model, dim)).select(rows)
