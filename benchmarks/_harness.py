@@ -310,9 +310,11 @@ def _threads() -> dict[str, Any]:
     libraries = ("OMP", "MKL", "OPENBLAS", "NUMBA")
     named = (*(f"{library}_NUM_THREADS" for library in libraries), "NPROC")  # the last is JAX's
     threads: dict[str, Any] = {name: os.environ[name] for name in named if name in os.environ}
-    for name in ("torch", "numba"):
-        if name in sys.modules:
-            threads[name] = sys.modules[name].get_num_threads()
+    if "torch" in sys.modules:
+        threads["torch"] = sys.modules["torch"].get_num_threads()
+    if "numba" in sys.modules:
+        # get_num_threads() would start numba's OpenMP pool, which sets the threads of torch too.
+        threads["numba"] = sys.modules["numba"].config.NUMBA_NUM_THREADS
     return threads
 
 
