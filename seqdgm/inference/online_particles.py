@@ -64,17 +64,21 @@ class Ends:
 
     def __init__(self, lengths: Int[Tensor, "series"], *, feedback: bool) -> None:
         self._lengths, self._feedback = lengths, feedback
+        self._shortest = int(lengths.min())
         self.end: End | None = None
 
     def update(self, step: Step) -> None:
         """Take in one step."""
         found = End(step.s, step.x if self._feedback else None, step.log_weights)
+        if step.t < self._shortest:
+            self.end = found
+            return
         going = step.t < self._lengths
 
         def newer(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(going.view(-1, *[1] * (new.ndim - 1)), new, old)
 
-        self.end = found if self.end is None else tree_map(newer, found, self.end)
+        self.end = tree_map(newer, found, self.end)
 
 
 class Reporting(Collector, Protocol):
